@@ -1,0 +1,441 @@
+"""All settings of a run, checked before anything starts.
+
+A run is one YAML file, at most one level of `extends`, and `section.key=value` overrides. What the science fixes is
+stated (`training.global_batch_tokens`, `training.max_tokens`, `run.seed`); what the machine fixes is derived (`BatchLayout`).
+"""
+
+from __future__ import annotations
+
+import difflib
+import types
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+# A derived micro-batch holds at most this many tokens a rank: enough to fill a GPU, small enough to fit most models.
+_DERIVED_MICRO_BATCH_TOKENS = 16_384
+_MODEL_CONFIG_FOLDER = Path(__file__).resolve().parent.parent / "configs" / "models"
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=False, validate_default=True, protected_namespaces=())
+
+
+class RunSettings(_Section):
+    name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="names the run folder, jobs and pages")
+    folder: str = Field("", description="the run folder; empty: runs/<name>")
+    seed: int = Field(0, ge=0, lt=2**31, description="initial weights, data order, dropout, positions of the dispersion term")
+
+
+class ModelSettings(_Section):
+    config: dict[str, Any] | None = Field(
+        None, description="Hugging Face config fields with model_type: from scratch; a string names a YAML file of such fields"
+    )
+    pretrained: str | None = Field(None, description="Hugging Face name or local folder: mid-training")
+    precision: Literal["float32", "bf16"] = Field("float32", description="of parameters in the forward pass; master weights are float32")
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    activation_checkpointing: bool = Field(False, description="recompute each block in the backward pass")
+    compile: bool = Field(False, description="torch.compile the model")
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> ModelSettings:
+        if (self.config is None) == (self.pretrained is None):
+            raise ValueError(
+                "config and pretrained: exactly one of them is needed. config trains from scratch, pretrained goes on from weights. "
+                "Give one and leave the other out."
+            )
+        if self.config is not None and "model_type" not in self.config:
+            raise ValueError(
+                "config: model_type is missing. Any causal language model of transformers is allowed, such as gpt2 or qwen3. Add model_type."
+            )
+        return self
+
+
+class DataSettings(_Section):
+    corpus: str = Field(description="folder or URL that data_prep wrote (corpus.json and the MDS shards)")
+    cache: str | None = Field(None, description="local folder for the shards of a remote corpus")
+    sequence_length: int = Field(ge=2, description="tokens a sample; must be the corpus' own")
+    shuffle: Literal["py1e", "py1s", "none"] = Field("py1e", description="shard-aware shuffle algorithm of mosaicml-streaming")
+    prefetch: int = Field(8, ge=1, description="micro-batches read ahead by each rank")
+
+
+class TrainingSettings(_Section):
+    global_batch_tokens: int = Field(ge=2, description="tokens an optimizer step, over all ranks and accumulation micro-steps")
+    max_tokens: int = Field(ge=2, description="tokens of the whole run; the run has ceil(max_tokens / global_batch_tokens) steps")
+    micro_batch: int | None = Field(None, ge=1, description="sequences a rank and micro-step; null: derived")
+
+
+class OptimizerSettings(_Section):
+    learning_rate: float = Field(3e-4, gt=0)
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
+    epsilon: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.1, ge=0, description="on matrices only: biases, norms and other vectors have none")
+    gradient_clipping: float = Field(1.0, ge=0, description="bound of the global gradient norm; 0: off")
+
+
+class ScheduleSettings(_Section):
+    kind: Literal["cosine", "linear", "warmup_stable_decay", "constant"] = "cosine"
+    warmup_tokens: int = Field(0, ge=0)
+    decay_tokens: int = Field(0, ge=0, description="warmup_stable_decay: length of the final decay")
+    final_ratio: float = Field(0.1, ge=0, le=1, description="last learning rate over the peak")
+
+
+class DispersionSettings(_Section):
+    coefficient: float = Field(0.1, ge=0, description="lambda of the total loss; 0 is bit-equal to leaving the section out")
+    pool_sequences: int = Field(1, ge=1, description="P: consecutive samples of the global batch that form one set; 1 is the paper's loss")
+    tokens_per_sequence: int = Field(256, ge=1, description="m: positions drawn from each sequence, without replacement")
+    layers: Literal["all", "last", "early_half", "late_half"] | list[int] = Field(
+        "all", description="block outputs, 1 ... num_layers; the last is after the final norm"
+    )
+    temperature: float = Field(1.0, gt=0, description="tau")
+    cosine_clamp: float = Field(0.1, ge=0, lt=1, description="t: straight-through clamp of cosines to [-1 + t, 1 - t]")
+    norm_epsilon: float = Field(0.0, ge=0, description="added to norms; the paper's scripts use 1e-2")
+
+    @model_validator(mode="after")
+    def _has_pairs(self) -> DispersionSettings:
+        if self.pool_sequences * self.tokens_per_sequence < 2:
+            raise ValueError(
+                "pool_sequences x tokens_per_sequence: 1 embedding has no pair. At least 2 are needed. Raise one of the two."
+            )
+        return self
+
+    def layer_indices(self, num_layers: int) -> list[int]:
+        """The chosen hidden states, 1 ... num_layers. Raises ValueError for a list that leaves that range."""
+        half = num_layers // 2
+        if isinstance(self.layers, str):
+            everything = list(range(1, num_layers + 1))
+            chosen = {"all": everything, "last": everything[-1:], "early_half": everything[:half] or everything,
+                      "late_half": everything[half:]}  # fmt: skip
+            return chosen[self.layers]
+        wrong = [layer for layer in self.layers if not 1 <= layer <= num_layers]
+        if wrong or not self.layers or len(set(self.layers)) != len(self.layers):
+            raise ValueError(
+                f"dispersion.layers: {self.layers} does not fit. Distinct layers from 1 to {num_layers} are allowed. Correct the list."
+            )
+        return sorted(self.layers)
+
+
+class ZeroSettings(_Section):
+    stage: Literal[0, 1, 2, 3] = 2
+    offload_optimizer: bool = Field(False, description="optimizer state and step on the CPU (stages 1-3)")
+    offload_parameters: bool = Field(False, description="parameters on the CPU (stage 3)")
+    overrides: dict[str, Any] = Field(default_factory=dict, description="DeepSpeed settings passed through as they are")
+
+    @model_validator(mode="after")
+    def _offload_fits_stage(self) -> ZeroSettings:
+        if self.offload_optimizer and self.stage == 0:
+            raise ValueError("offload_optimizer: stage 0 cannot offload. Stages 1, 2 and 3 can. Raise zero.stage or turn it off.")
+        if self.offload_parameters and self.stage != 3:
+            raise ValueError(f"offload_parameters: stage {self.stage} cannot offload parameters. Only stage 3 can. Set zero.stage=3.")
+        derived = {"train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping",
+                   "optimizer", "scheduler", "bf16", "fp16"} & set(self.overrides)  # fmt: skip
+        if derived:
+            raise ValueError(
+                f"overrides: {', '.join(sorted(derived))} is derived from other settings. Keys that this file does not derive are allowed. "
+                "Use training, optimizer, schedule and model.precision instead."
+            )
+        return self
+
+
+class ValidationSettings(_Section):
+    every_steps: int = Field(100, ge=1, description="also before the first and after the last step")
+    sequences: int = Field(64, ge=1, description="of the validation split; at most all of it is used")
+
+
+class CondensationSettings(_Section):
+    every_steps: int = Field(100, ge=1, description="also before the first and after the last step")
+    num_texts: int = Field(32, ge=1, description="validation sequences whose cosines are averaged")
+
+
+class CheckpointSettings(_Section):
+    every_steps: int | None = Field(None, ge=1, description="also after the last step")
+    every_minutes: float | None = Field(None, gt=0)
+    keep_last: int = Field(2, ge=1)
+
+
+class LoggingSettings(_Section):
+    every_steps: int = Field(10, ge=1)
+
+
+class EvaluationSettings(_Section):
+    every: int | None = Field(None, ge=1, description="steps between evaluation jobs, a multiple of checkpoint.every_steps; null: none")
+    suite: str = Field("configs/eval/offline.yaml", description="what such a job runs")
+
+
+class Settings(_Section):
+    """The whole tree. Sections that are null are off."""
+
+    run: RunSettings = RunSettings()
+    model: ModelSettings
+    data: DataSettings
+    training: TrainingSettings
+    optimizer: OptimizerSettings = OptimizerSettings()
+    schedule: ScheduleSettings = ScheduleSettings()
+    dispersion: DispersionSettings | None = None
+    zero: ZeroSettings = ZeroSettings()
+    validation: ValidationSettings | None = ValidationSettings()
+    condensation: CondensationSettings | None = None
+    checkpoint: CheckpointSettings = CheckpointSettings()
+    logging: LoggingSettings = LoggingSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
+
+    @model_validator(mode="after")
+    def _sections_fit_together(self) -> Settings:
+        training, length = self.training, self.data.sequence_length
+        if training.global_batch_tokens % length:
+            below = training.global_batch_tokens // length * length
+            raise ValueError(
+                f"training.global_batch_tokens: {training.global_batch_tokens} is no multiple of data.sequence_length {length}. "
+                f"Whole sequences are allowed. Use {below or length} or {below + length}."
+            )
+        if training.max_tokens < training.global_batch_tokens:
+            raise ValueError(
+                f"training.max_tokens: {training.max_tokens} is less than one step of training.global_batch_tokens "
+                f"{training.global_batch_tokens}. At least one step is needed. Raise max_tokens."
+            )
+        schedule = self.schedule
+        decay = schedule.decay_tokens if schedule.kind == "warmup_stable_decay" else 0
+        if schedule.kind == "warmup_stable_decay" and not decay:
+            raise ValueError("schedule.decay_tokens: 0 leaves warmup_stable_decay without a decay. More than 0 is allowed. Set it.")
+        if schedule.warmup_tokens + decay > training.max_tokens:
+            raise ValueError(
+                f"schedule: warm-up and decay take {schedule.warmup_tokens + decay} tokens of training.max_tokens {training.max_tokens}. "
+                "Together they must fit. Shorten warmup_tokens or decay_tokens."
+            )
+        if self.dispersion is not None and self.dispersion.tokens_per_sequence > length:
+            raise ValueError(
+                f"dispersion.tokens_per_sequence: {self.dispersion.tokens_per_sequence} of a sequence of {length} tokens. "
+                f"At most data.sequence_length are allowed. Use {length} or fewer."
+            )
+        every, saved = self.evaluation.every, self.checkpoint.every_steps
+        if every is not None and (saved is None or every % saved):
+            raise ValueError(
+                f"evaluation.every: {every} steps, but checkpoints are saved every {saved}. A multiple of checkpoint.every_steps is allowed. "
+                "Change one of the two."
+            )
+        return self
+
+    @property
+    def run_folder(self) -> Path:
+        return Path(self.run.folder or f"runs/{self.run.name}")
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps of the run."""
+        return -(-self.training.max_tokens // self.training.global_batch_tokens)
+
+    @property
+    def global_batch_sequences(self) -> int:
+        return self.training.global_batch_tokens // self.data.sequence_length
+
+
+@dataclass(frozen=True)
+class BatchLayout:
+    """How a global batch is dealt to this machine: world_size x micro_batch x accumulation sequences, in that order of nesting."""
+
+    world_size: int
+    micro_batch: int
+    accumulation: int
+    pool_ranks: int  # consecutive ranks that share a pool; 1: a rank holds one or more whole pools
+    pools_per_rank: int  # whole pools in a rank's micro-batch; 1 where ranks share a pool
+
+    @classmethod
+    def derive(cls, settings: Settings, world_size: int) -> BatchLayout:
+        """The layout of `settings` on `world_size` ranks.
+
+        The derived micro-batch is the largest legal one of at most 16,384 tokens (or the smallest legal one).
+
+        Raises:
+            ValueError: the batch does not divide, or a pool would cross micro-steps; names the legal values.
+        """
+        sequences = settings.global_batch_sequences
+        pool = settings.dispersion.pool_sequences if settings.dispersion else 1
+        if sequences % world_size:
+            near = sorted({max(1, sequences // world_size), sequences // world_size + 1})
+            tokens = [n * world_size * settings.data.sequence_length for n in near]
+            raise ValueError(
+                f"training.global_batch_tokens: {sequences} sequences cannot be divided among {world_size} ranks. A multiple of the number "
+                f"of ranks is allowed. Use {' or '.join(map(str, tokens))} tokens, or {_join(_divisors(sequences))} ranks."
+            )
+        per_rank = sequences // world_size
+        legal = [n for n in _divisors(per_rank) if _pool_fits(pool, world_size, n)]
+        if not legal:
+            pools = [p for p in _divisors(sequences) if any(_pool_fits(p, world_size, n) for n in _divisors(per_rank))]
+            raise ValueError(
+                f"dispersion.pool_sequences: {pool} fits no micro-batch of {sequences} sequences a step on {world_size} ranks. A pool must "
+                "divide world size x micro-batch, into whole micro-batches or whole pools: it cannot cross accumulation micro-steps. "
+                f"Use pool_sequences {_join(pools)}."
+            )
+        wanted = settings.training.micro_batch
+        if wanted is None:
+            length = settings.data.sequence_length
+            fitting = [n for n in legal if n * length <= _DERIVED_MICRO_BATCH_TOKENS]
+            wanted = max(fitting) if fitting else min(legal)
+        elif wanted not in legal:
+            key = "dispersion.pool_sequences" if wanted in _divisors(per_rank) else "training.micro_batch"
+            raise ValueError(
+                f"{key}: a micro-batch of {wanted} does not fit {per_rank} sequences a rank and step with pools of {pool} sequences on "
+                f"{world_size} ranks. A pool cannot cross accumulation micro-steps. Use training.micro_batch {_join(legal)}."
+            )
+        return cls(
+            world_size=world_size,
+            micro_batch=wanted,
+            accumulation=per_rank // wanted,
+            pool_ranks=max(1, pool // wanted),
+            pools_per_rank=max(1, wanted // pool),
+        )
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
+def _pool_fits(pool: int, world_size: int, micro_batch: int) -> bool:
+    if pool <= micro_batch:
+        return micro_batch % pool == 0
+    return pool % micro_batch == 0 and world_size % (pool // micro_batch) == 0
+
+
+def _join(numbers: list[int]) -> str:
+    return ", ".join(map(str, numbers)) or "(none)"
+
+
+def load_settings(path: str | Path, overrides: list[str] | None = None) -> Settings:
+    """Read a YAML file, its `extends`, and `section.key=value` overrides into checked settings.
+
+    Mappings are merged key by key; a null section turns the section off. `model.config` and `zero.overrides` are
+    replaced whole by a child file.
+
+    Raises:
+        ValueError: any fault, naming file or key, value, rule and cure.
+    """
+    tree = _read_yaml(Path(path))
+    parent_name = tree.pop("extends", None)
+    if parent_name is not None:
+        parent_path = Path(path).parent / str(parent_name)
+        parent = _read_yaml(parent_path)
+        if "extends" in parent:
+            raise ValueError(
+                f"{parent_path}: a file that is extended extends another. One level of extends is allowed. Write the settings out in one of them."
+            )
+        _inline_model_config(parent, parent_path.parent)
+        tree = _merge(parent, tree)
+    for override in overrides or []:
+        _apply_override(tree, override)
+    _inline_model_config(tree, Path(path).parent)
+    return parse_settings(tree, source=str(path))
+
+
+def parse_settings(tree: dict[str, Any], source: str) -> Settings:
+    """Check a plain tree. Raises ValueError with one line a fault, prefixed by `source`."""
+    try:
+        return Settings.model_validate(tree)
+    except ValidationError as error:
+        lines = [_explain(fault) for fault in error.errors()]
+        raise ValueError("\n".join(f"{source}: {line}" for line in dict.fromkeys(lines))) from None
+
+
+def dump_settings(settings: Settings) -> str:
+    """The resolved tree as YAML, which `load_settings` reads back."""
+    return yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, width=120)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file. A YAML settings file is needed. Look under configs/.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: cannot be read ({error}). A readable YAML file is needed. Correct the path.") from None
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: is no valid YAML ({' '.join(str(error).split())}). Correct that line.") from None
+    if not isinstance(tree, dict):
+        raise ValueError(f"{path}: holds {type(tree).__name__}. A mapping of sections is needed. See configs/demo.yaml.")
+    return tree
+
+
+def _inline_model_config(tree: dict[str, Any], folder: Path) -> None:
+    """Replace `model.config: FILE` by the file's mapping, so that the resolved settings stand alone."""
+    model = tree.get("model")
+    if not isinstance(model, dict) or not isinstance(model.get("config"), str):
+        return
+    name = model["config"]
+    candidates = [folder / name, Path(name), _MODEL_CONFIG_FOLDER / f"{name}.yaml"]
+    for candidate in candidates:
+        if candidate.is_file():
+            model["config"] = _read_yaml(candidate)
+            return
+    shipped = sorted(path.stem for path in _MODEL_CONFIG_FOLDER.glob("*.yaml"))
+    raise ValueError(f"model.config: no file {name!r}. A mapping, a YAML file or a shipped name is allowed: {', '.join(shipped)}. Correct the name.")
+
+
+def _merge(parent: dict[str, Any], child: dict[str, Any], depth: int = 0) -> dict[str, Any]:
+    merged = dict(parent)
+    for key, value in child.items():
+        both_sections = depth == 0 and isinstance(merged.get(key), dict) and isinstance(value, dict)
+        merged[key] = _merge(merged[key], value, depth + 1) if both_sections else value
+    return merged
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise ValueError(f"{override!r}: is no override. section.key=value is allowed, such as run.seed=1. Correct it.")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        value = text
+    if isinstance(value, str):  # YAML 1.1 reads 1e-3 as a string
+        try:
+            value = float(value)
+        except ValueError:
+            value = text
+    node = tree
+    *sections, last = key.split(".")
+    for section in sections:
+        below = node.get(section)
+        if below is None:
+            below = node[section] = {}
+        if not isinstance(below, dict):
+            raise ValueError(f"{key}: {section} is {below!r}, not a section. Only mappings have keys. Override {section} itself.")
+        node = below
+    node[last] = value
+
+
+def _explain(fault: Any) -> str:
+    location = [str(part) for part in fault["loc"] if part not in _UNION_TAGS]
+    key = ".".join(location) or "settings"
+    kind, value = fault["type"], fault.get("input")
+    if kind == "extra_forbidden":
+        known = _known_keys(location[:-1])
+        near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
+        hint = f"Did you mean {near[0]}?" if near else f"Known here: {', '.join(known)}."
+        return f"{key}: unknown key, with the value {value!r}. {hint}"
+    if kind == "missing":
+        return f"{key}: is missing. It has no default. Add it."
+    if kind == "value_error":
+        message = str(fault["ctx"]["error"])
+        return message if not location else f"{key}.{message}"
+    return f"{key}: {value!r} is not allowed. {fault['msg']}. Correct the value."
+
+
+_UNION_TAGS = {"literal['all','last','early_half','late_half']", "list[int]", "function-after[_has_pairs(), DispersionSettings]"}
+
+
+def _known_keys(location: list[str]) -> list[str]:
+    section: Any = Settings
+    for part in location:
+        field = section.model_fields.get(part) if isinstance(section, type) and issubclass(section, BaseModel) else None
+        if field is None:
+            return []
+        section = _model_of(field.annotation)
+    return list(section.model_fields) if section is not None else []
+
+
+def _model_of(annotation: Any) -> type[BaseModel] | None:
+    options = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
+    return next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), None)

@@ -1,0 +1,129 @@
+"""The causal language model: any of transformers', from a config or from pretrained weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from dispersion_pretrain.config import ModelSettings
+
+# A model may hold a few more entries than its tokenizer (rounding up for speed); past this it is another tokenizer's.
+_VOCABULARY_PADDING = 1024
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """Figures of a model for logs and planning."""
+
+    parameters: int  # tied matrices once
+    matmul_parameters: int  # without look-up tables: what a token is multiplied with
+    layers: int
+    width: int
+    vocabulary: int
+
+
+def model_config(settings: ModelSettings, *, vocabulary: int, sequence_length: int) -> PretrainedConfig:
+    """The Hugging Face config of `settings`, checked against corpus and sequence length. Reads no weights.
+
+    A from-scratch config without vocab_size takes the corpus' vocabulary; without a limit of positions, its type's default.
+
+    Raises:
+        ValueError: unknown model type or field, too few positions, or a vocabulary that is not the corpus'.
+    """
+    if settings.config is not None:
+        fields = {"vocab_size": vocabulary, **settings.config}
+        model_type = fields.pop("model_type")
+        try:
+            config = AutoConfig.for_model(model_type, **fields)
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(
+                f"model.config: transformers refuses it ({str(error)[:300]}). A causal language model's config fields are needed. Correct them."
+            ) from None
+        known = set(type(config)().to_dict()) | set(getattr(config, "attribute_map", {}))
+        unknown = sorted(set(fields) - known)
+        if unknown:
+            raise ValueError(
+                f"model.config: {', '.join(unknown)} is no field of {model_type}. Known: {', '.join(sorted(known))}. Correct the name."
+            )
+    else:
+        assert settings.pretrained is not None
+        try:
+            config = AutoConfig.from_pretrained(settings.pretrained)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"model.pretrained: {settings.pretrained!r} cannot be loaded ({str(error).splitlines()[0][:300]}). A local Hugging Face folder, or a "
+                "name where the hub can be reached, is needed. Correct the path."
+            ) from None
+    _check_fit(config, vocabulary=vocabulary, sequence_length=sequence_length)
+    return config
+
+
+def _check_fit(config: PretrainedConfig, *, vocabulary: int, sequence_length: int) -> None:
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is not None and sequence_length > positions:
+        raise ValueError(
+            f"data.sequence_length: {sequence_length} is longer than the model's {positions} positions. At most {positions} are allowed. "
+            "Shorten the sequences or give the model more positions."
+        )
+    if not vocabulary <= config.vocab_size <= vocabulary + _VOCABULARY_PADDING:
+        raise ValueError(
+            f"model vocabulary: the model has {config.vocab_size} entries, the corpus {vocabulary}. The model needs as many, or up to "
+            f"{_VOCABULARY_PADDING} more as padding. Prepare the corpus with the model's tokenizer, or leave model.config.vocab_size out."
+        )
+
+
+def build_model(settings: ModelSettings, config: PretrainedConfig) -> PreTrainedModel:
+    """Build the model on the CPU in float32 (the engine moves and casts it), from the global generator's state.
+
+    Every rank that seeds alike builds the same weights, whatever the ZeRO stage.
+
+    Raises:
+        ValueError: pretrained weights that do not load.
+    """
+    options: dict[str, Any] = {"attn_implementation": settings.attention}
+    if settings.pretrained is not None:
+        try:
+            model = AutoModelForCausalLM.from_pretrained(settings.pretrained, config=config, torch_dtype=torch.float32, **options)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"model.pretrained: {settings.pretrained!r} does not load ({str(error)[:300]}). Correct the folder or name.") from None
+    else:
+        try:
+            model = AutoModelForCausalLM.from_config(config, torch_dtype=torch.float32, **options)
+        except (ValueError, ImportError) as error:
+            raise ValueError(
+                f"model: transformers cannot build it ({str(error)[:300]}). sdpa and eager run everywhere. Change model.attention or model.config."
+            ) from None
+    if settings.activation_checkpointing:
+        # The reentrant kind runs blocks without gradients first: hidden states would come out detached.
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model
+
+
+def model_size(settings: ModelSettings, config: PretrainedConfig) -> ModelSize:
+    """Count parameters on the meta device: no memory is taken."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=settings.attention)
+    head = model.get_output_embeddings()
+    look_up = sum(
+        module.weight.numel()
+        for module in model.modules()
+        if isinstance(module, nn.Embedding) and (head is None or module.weight is not head.weight)
+    )
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return ModelSize(
+        parameters=parameters,
+        matmul_parameters=parameters - look_up,
+        layers=int(config.num_hidden_layers),
+        width=int(config.hidden_size),
+        vocabulary=int(config.vocab_size),
+    )
+
+
+def load_exported(folder: str | Path, *, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """Load a Hugging Face folder or name for measuring, in evaluation mode on the CPU."""
+    return AutoModelForCausalLM.from_pretrained(str(folder), torch_dtype=dtype).eval()

@@ -209,7 +209,9 @@ def _publish(staging: Path, target: Path, manifest: bytes) -> None:
     os.replace(staging, target)
     _flush_folder(target.parent)
     _flush_folder(target.parent.parent)
-    _write_and_flush(target / MARKER, hashlib.sha256(manifest).hexdigest().encode())
+    unseen = target / f".{MARKER}"
+    _write_and_flush(unseen, hashlib.sha256(manifest).hexdigest().encode())
+    os.replace(unseen, target / MARKER)  # whoever watches for markers never sees half of one
     _flush_folder(target)
     if replaced.exists():
         _remove(replaced)
@@ -381,9 +383,7 @@ def resolve(run_folder: Path | str, resume: str | Path) -> tuple[CheckpointInfo 
         raise ValueError(f"--resume: {path} is not a folder. {allowed} Correct the path.")
     problems, manifest = _verify_together(path)
     if problems:
-        raise RuntimeError(
-            f"--resume: {path} is not whole: {'; '.join(problems)}. {allowed} Name another one."
-        )
+        raise RuntimeError(f"--resume: {path} is not whole: {'; '.join(problems)}. {allowed} Name another one.")
     return _info(path, manifest), []
 
 

@@ -1,7 +1,8 @@
 """All settings of a run, checked before anything starts.
 
 A run is one YAML file, at most one level of `extends`, and `section.key=value` overrides. What the science fixes is
-stated (`training.global_batch_tokens`, `training.max_tokens`, `run.seed`); what the machine fixes is derived (`BatchLayout`).
+stated (`training.global_batch_tokens`, `training.max_tokens`, `run.seed`); what the machine fixes is derived
+(`BatchLayout`).
 """
 
 from __future__ import annotations
@@ -18,6 +19,16 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 # A derived micro-batch holds at most this many tokens a rank: enough to fill a GPU, small enough to fit most models.
 _DERIVED_MICRO_BATCH_TOKENS = 16_384
+_DERIVED_BY_ENGINE = {
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+    "gradient_clipping",
+    "optimizer",
+    "scheduler",
+    "bf16",
+    "fp16",
+}
 _MODEL_CONFIG_FOLDER = Path(__file__).resolve().parent.parent / "configs" / "models"
 
 
@@ -26,17 +37,24 @@ class _Section(BaseModel):
 
 
 class RunSettings(_Section):
-    name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="names the run folder, jobs and pages")
+    name: str = Field(
+        "run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="names the run folder, jobs and pages"
+    )
     folder: str = Field("", description="the run folder; empty: runs/<name>")
-    seed: int = Field(0, ge=0, lt=2**31, description="initial weights, data order, dropout, positions of the dispersion term")
+    seed: int = Field(
+        0, ge=0, lt=2**31, description="initial weights, data order, dropout, positions of the dispersion term"
+    )
 
 
 class ModelSettings(_Section):
     config: dict[str, Any] | None = Field(
-        None, description="Hugging Face config fields with model_type: from scratch; a string names a YAML file of such fields"
+        None,
+        description="Hugging Face config fields with model_type: from scratch; a string names a YAML file of them",
     )
     pretrained: str | None = Field(None, description="Hugging Face name or local folder: mid-training")
-    precision: Literal["float32", "bf16"] = Field("float32", description="of parameters in the forward pass; master weights are float32")
+    precision: Literal["float32", "bf16"] = Field(
+        "float32", description="of parameters in the forward pass; master weights are float32"
+    )
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     activation_checkpointing: bool = Field(False, description="recompute each block in the backward pass")
     compile: bool = Field(False, description="torch.compile the model")
@@ -45,12 +63,14 @@ class ModelSettings(_Section):
     def _one_origin(self) -> ModelSettings:
         if (self.config is None) == (self.pretrained is None):
             raise ValueError(
-                "config and pretrained: exactly one of them is needed. config trains from scratch, pretrained goes on from weights. "
+                "config and pretrained: exactly one of them is needed. config trains from scratch, pretrained goes "
+                "on from weights. "
                 "Give one and leave the other out."
             )
         if self.config is not None and "model_type" not in self.config:
             raise ValueError(
-                "config: model_type is missing. Any causal language model of transformers is allowed, such as gpt2 or qwen3. Add model_type."
+                "config: model_type is missing. Any causal language model of transformers is allowed, such as gpt2 "
+                "or qwen3. Add model_type."
             )
         return self
 
@@ -59,13 +79,19 @@ class DataSettings(_Section):
     corpus: str = Field(description="folder or URL that data_prep wrote (corpus.json and the MDS shards)")
     cache: str | None = Field(None, description="local folder for the shards of a remote corpus")
     sequence_length: int = Field(ge=2, description="tokens a sample; must be the corpus' own")
-    shuffle: Literal["py1e", "py1s", "none"] = Field("py1e", description="shard-aware shuffle algorithm of mosaicml-streaming")
+    shuffle: Literal["py1e", "py1s", "none"] = Field(
+        "py1e", description="shard-aware shuffle algorithm of mosaicml-streaming"
+    )
     prefetch: int = Field(8, ge=1, description="micro-batches read ahead by each rank")
 
 
 class TrainingSettings(_Section):
-    global_batch_tokens: int = Field(ge=2, description="tokens an optimizer step, over all ranks and accumulation micro-steps")
-    max_tokens: int = Field(ge=2, description="tokens of the whole run; the run has ceil(max_tokens / global_batch_tokens) steps")
+    global_batch_tokens: int = Field(
+        ge=2, description="tokens an optimizer step, over all ranks and accumulation micro-steps"
+    )
+    max_tokens: int = Field(
+        ge=2, description="tokens of the whole run; the run has ceil(max_tokens / global_batch_tokens) steps"
+    )
     micro_batch: int | None = Field(None, ge=1, description="sequences a rank and micro-step; null: derived")
 
 
@@ -85,9 +111,15 @@ class ScheduleSettings(_Section):
 
 
 class DispersionSettings(_Section):
-    coefficient: float = Field(0.1, ge=0, description="lambda of the total loss; 0 is bit-equal to leaving the section out")
-    pool_sequences: int = Field(1, ge=1, description="P: consecutive samples of the global batch that form one set; 1 is the paper's loss")
-    tokens_per_sequence: int = Field(256, ge=1, description="m: positions drawn from each sequence, without replacement")
+    coefficient: float = Field(
+        0.1, ge=0, description="lambda of the total loss; 0 is bit-equal to leaving the section out"
+    )
+    pool_sequences: int = Field(
+        1, ge=1, description="P: consecutive samples of the global batch that form one set; 1 is the paper's loss"
+    )
+    tokens_per_sequence: int = Field(
+        256, ge=1, description="m: positions drawn from each sequence, without replacement"
+    )
     layers: Literal["all", "last", "early_half", "late_half"] | list[int] = Field(
         "all", description="block outputs, 1 ... num_layers; the last is after the final norm"
     )
@@ -99,7 +131,8 @@ class DispersionSettings(_Section):
     def _has_pairs(self) -> DispersionSettings:
         if self.pool_sequences * self.tokens_per_sequence < 2:
             raise ValueError(
-                "pool_sequences x tokens_per_sequence: 1 embedding has no pair. At least 2 are needed. Raise one of the two."
+                "pool_sequences x tokens_per_sequence: 1 embedding has no pair. At least 2 are needed. Raise one of "
+                "the two."
             )
         return self
 
@@ -114,7 +147,8 @@ class DispersionSettings(_Section):
         wrong = [layer for layer in self.layers if not 1 <= layer <= num_layers]
         if wrong or not self.layers or len(set(self.layers)) != len(self.layers):
             raise ValueError(
-                f"dispersion.layers: {self.layers} does not fit. Distinct layers from 1 to {num_layers} are allowed. Correct the list."
+                f"dispersion.layers: {self.layers} does not fit. Distinct layers from 1 to {num_layers} are allowed. "
+                "Correct the list."
             )
         return sorted(self.layers)
 
@@ -128,14 +162,18 @@ class ZeroSettings(_Section):
     @model_validator(mode="after")
     def _offload_fits_stage(self) -> ZeroSettings:
         if self.offload_optimizer and self.stage == 0:
-            raise ValueError("offload_optimizer: stage 0 cannot offload. Stages 1, 2 and 3 can. Raise zero.stage or turn it off.")
+            raise ValueError(
+                "offload_optimizer: stage 0 cannot offload. Stages 1, 2 and 3 can. Raise zero.stage or turn it off."
+            )
         if self.offload_parameters and self.stage != 3:
-            raise ValueError(f"offload_parameters: stage {self.stage} cannot offload parameters. Only stage 3 can. Set zero.stage=3.")
-        derived = {"train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping",
-                   "optimizer", "scheduler", "bf16", "fp16"} & set(self.overrides)  # fmt: skip
+            raise ValueError(
+                f"offload_parameters: stage {self.stage} cannot offload parameters. Only stage 3 can. Set zero.stage=3."
+            )
+        derived = _DERIVED_BY_ENGINE & set(self.overrides)
         if derived:
             raise ValueError(
-                f"overrides: {', '.join(sorted(derived))} is derived from other settings. Keys that this file does not derive are allowed. "
+                f"overrides: {', '.join(sorted(derived))} is derived from other settings. Keys that this file does "
+                "not derive are allowed. "
                 "Use training, optimizer, schedule and model.precision instead."
             )
         return self
@@ -162,7 +200,9 @@ class LoggingSettings(_Section):
 
 
 class EvaluationSettings(_Section):
-    every: int | None = Field(None, ge=1, description="steps between evaluation jobs, a multiple of checkpoint.every_steps; null: none")
+    every: int | None = Field(
+        None, ge=1, description="steps between evaluation jobs, a multiple of checkpoint.every_steps; null: none"
+    )
     suite: str = Field("configs/eval/offline.yaml", description="what such a job runs")
 
 
@@ -189,7 +229,8 @@ class Settings(_Section):
         if training.global_batch_tokens % length:
             below = training.global_batch_tokens // length * length
             raise ValueError(
-                f"training.global_batch_tokens: {training.global_batch_tokens} is no multiple of data.sequence_length {length}. "
+                f"training.global_batch_tokens: {training.global_batch_tokens} is no multiple of "
+                f"data.sequence_length {length}. "
                 f"Whole sequences are allowed. Use {below or length} or {below + length}."
             )
         if training.max_tokens < training.global_batch_tokens:
@@ -200,21 +241,26 @@ class Settings(_Section):
         schedule = self.schedule
         decay = schedule.decay_tokens if schedule.kind == "warmup_stable_decay" else 0
         if schedule.kind == "warmup_stable_decay" and not decay:
-            raise ValueError("schedule.decay_tokens: 0 leaves warmup_stable_decay without a decay. More than 0 is allowed. Set it.")
+            raise ValueError(
+                "schedule.decay_tokens: 0 leaves warmup_stable_decay without a decay. More than 0 is allowed. Set it."
+            )
         if schedule.warmup_tokens + decay > training.max_tokens:
             raise ValueError(
-                f"schedule: warm-up and decay take {schedule.warmup_tokens + decay} tokens of training.max_tokens {training.max_tokens}. "
+                f"schedule: warm-up and decay take {schedule.warmup_tokens + decay} tokens of training.max_tokens "
+                f"{training.max_tokens}. "
                 "Together they must fit. Shorten warmup_tokens or decay_tokens."
             )
         if self.dispersion is not None and self.dispersion.tokens_per_sequence > length:
             raise ValueError(
-                f"dispersion.tokens_per_sequence: {self.dispersion.tokens_per_sequence} of a sequence of {length} tokens. "
+                f"dispersion.tokens_per_sequence: {self.dispersion.tokens_per_sequence} of a sequence of {length} "
+                "tokens. "
                 f"At most data.sequence_length are allowed. Use {length} or fewer."
             )
         every, saved = self.evaluation.every, self.checkpoint.every_steps
         if every is not None and (saved is None or every % saved):
             raise ValueError(
-                f"evaluation.every: {every} steps, but checkpoints are saved every {saved}. A multiple of checkpoint.every_steps is allowed. "
+                f"evaluation.every: {every} steps, but checkpoints are saved every {saved}. A multiple of "
+                "checkpoint.every_steps is allowed. "
                 "Change one of the two."
             )
         return self
@@ -235,7 +281,9 @@ class Settings(_Section):
 
 @dataclass(frozen=True)
 class BatchLayout:
-    """How a global batch is dealt to this machine: world_size x micro_batch x accumulation sequences, in that order of nesting."""
+    """How a global batch is dealt to this machine: world_size x micro_batch x accumulation sequences, in that order "
+    "of nesting.
+    """
 
     world_size: int
     micro_batch: int
@@ -258,16 +306,20 @@ class BatchLayout:
             near = sorted({max(1, sequences // world_size), sequences // world_size + 1})
             tokens = [n * world_size * settings.data.sequence_length for n in near]
             raise ValueError(
-                f"training.global_batch_tokens: {sequences} sequences cannot be divided among {world_size} ranks. A multiple of the number "
-                f"of ranks is allowed. Use {' or '.join(map(str, tokens))} tokens, or {_join(_divisors(sequences))} ranks."
+                f"training.global_batch_tokens: {sequences} sequences cannot be divided among {world_size} ranks. A "
+                "multiple of the number "
+                f"of ranks is allowed. Use {' or '.join(map(str, tokens))} tokens, or {_join(_divisors(sequences))} "
+                "ranks."
             )
         per_rank = sequences // world_size
         legal = [n for n in _divisors(per_rank) if _pool_fits(pool, world_size, n)]
         if not legal:
             pools = [p for p in _divisors(sequences) if any(_pool_fits(p, world_size, n) for n in _divisors(per_rank))]
             raise ValueError(
-                f"dispersion.pool_sequences: {pool} fits no micro-batch of {sequences} sequences a step on {world_size} ranks. A pool must "
-                "divide world size x micro-batch, into whole micro-batches or whole pools: it cannot cross accumulation micro-steps. "
+                f"dispersion.pool_sequences: {pool} fits no micro-batch of {sequences} sequences a step on "
+                f"{world_size} ranks. A pool must "
+                "divide world size x micro-batch, into whole micro-batches or whole pools: it cannot cross "
+                "accumulation micro-steps. "
                 f"Use pool_sequences {_join(pools)}."
             )
         wanted = settings.training.micro_batch
@@ -278,8 +330,10 @@ class BatchLayout:
         elif wanted not in legal:
             key = "dispersion.pool_sequences" if wanted in _divisors(per_rank) else "training.micro_batch"
             raise ValueError(
-                f"{key}: a micro-batch of {wanted} does not fit {per_rank} sequences a rank and step with pools of {pool} sequences on "
-                f"{world_size} ranks. A pool cannot cross accumulation micro-steps. Use training.micro_batch {_join(legal)}."
+                f"{key}: a micro-batch of {wanted} does not fit {per_rank} sequences a rank and step with pools of "
+                f"{pool} sequences on "
+                f"{world_size} ranks. A pool cannot cross accumulation micro-steps. Use training.micro_batch "
+                f"{_join(legal)}."
             )
         return cls(
             world_size=world_size,
@@ -320,7 +374,8 @@ def load_settings(path: str | Path, overrides: list[str] | None = None) -> Setti
         parent = _read_yaml(parent_path)
         if "extends" in parent:
             raise ValueError(
-                f"{parent_path}: a file that is extended extends another. One level of extends is allowed. Write the settings out in one of them."
+                f"{parent_path}: a file that is extended extends another. One level of extends is allowed. Write the "
+                "settings out in one of them."
             )
         _inline_model_config(parent, parent_path.parent)
         tree = _merge(parent, tree)
@@ -350,11 +405,15 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file. A YAML settings file is needed. Look under configs/.") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: cannot be read ({error}). A readable YAML file is needed. Correct the path.") from None
+        raise ValueError(
+            f"{path}: cannot be read ({error}). A readable YAML file is needed. Correct the path."
+        ) from None
     except yaml.YAMLError as error:
         raise ValueError(f"{path}: is no valid YAML ({' '.join(str(error).split())}). Correct that line.") from None
     if not isinstance(tree, dict):
-        raise ValueError(f"{path}: holds {type(tree).__name__}. A mapping of sections is needed. See configs/demo.yaml.")
+        raise ValueError(
+            f"{path}: holds {type(tree).__name__}. A mapping of sections is needed. See configs/demo.yaml."
+        )
     return tree
 
 
@@ -370,7 +429,10 @@ def _inline_model_config(tree: dict[str, Any], folder: Path) -> None:
             model["config"] = _read_yaml(candidate)
             return
     shipped = sorted(path.stem for path in _MODEL_CONFIG_FOLDER.glob("*.yaml"))
-    raise ValueError(f"model.config: no file {name!r}. A mapping, a YAML file or a shipped name is allowed: {', '.join(shipped)}. Correct the name.")
+    raise ValueError(
+        f"model.config: no file {name!r}. A mapping, a YAML file or a shipped name is allowed: {', '.join(shipped)}. "
+        "Correct the name."
+    )
 
 
 def _merge(parent: dict[str, Any], child: dict[str, Any], depth: int = 0) -> dict[str, Any]:
@@ -401,7 +463,9 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         if below is None:
             below = node[section] = {}
         if not isinstance(below, dict):
-            raise ValueError(f"{key}: {section} is {below!r}, not a section. Only mappings have keys. Override {section} itself.")
+            raise ValueError(
+                f"{key}: {section} is {below!r}, not a section. Only mappings have keys. Override {section} itself."
+            )
         node = below
     node[last] = value
 
@@ -423,7 +487,11 @@ def _explain(fault: Any) -> str:
     return f"{key}: {value!r} is not allowed. {fault['msg']}. Correct the value."
 
 
-_UNION_TAGS = {"literal['all','last','early_half','late_half']", "list[int]", "function-after[_has_pairs(), DispersionSettings]"}
+_UNION_TAGS = {
+    "literal['all','last','early_half','late_half']",
+    "list[int]",
+    "function-after[_has_pairs(), DispersionSettings]",
+}
 
 
 def _known_keys(location: list[str]) -> list[str]:

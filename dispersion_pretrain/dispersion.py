@@ -29,7 +29,9 @@ class DispersionTerms(NamedTuple):
     """Value and statistics of each set; only `loss` carries a gradient."""
 
     loss: Tensor  # (sets,)
-    mean_cosine: Tensor  # (sets,) mean of the unclamped cosine over i != j: the loss is blind beyond the clamp, this is not
+    mean_cosine: (
+        Tensor  # (sets,) mean of the unclamped cosine over i != j: the loss is blind beyond the clamp, this is not
+    )
     clamped_share: Tensor  # (sets,) share of the pairs i != j whose cosine lies beyond the clamp
 
 
@@ -41,8 +43,8 @@ def dispersion_loss(
     Args:
         embeddings: (sets, tokens, dim), any float type; at least 2 tokens. The mathematics is float32 (float64 stays).
         temperature: tau > 0.
-        cosine_clamp: t in [0, 1): cosines are clamped to [-1 + t, 1 - t], straight-through (beyond the band the gradient is
-            that of the band's edge).
+        cosine_clamp: t in [0, 1): cosines are clamped to [-1 + t, 1 - t], straight-through (beyond the band the
+            gradient is that of the band's edge).
         norm_epsilon: added to each norm, u = z / (|z| + norm_epsilon); the paper's scripts use 1e-2.
 
     Returns:
@@ -51,7 +53,8 @@ def dispersion_loss(
     Raises:
         ValueError: a shape or a setting out of range.
 
-    Source: arXiv 2602.00217, L_disp; the mean over i != j of its scripts, where the paper prints a sum (a constant apart).
+    Source: arXiv 2602.00217, L_disp; the mean over i != j of its scripts, where the paper prints a sum (a constant
+        apart).
     """
     return set_dispersion(
         embeddings, temperature=temperature, cosine_clamp=cosine_clamp, norm_epsilon=norm_epsilon
@@ -75,8 +78,9 @@ def pooled_dispersion_loss(
         temperature, cosine_clamp, norm_epsilon: as in `dispersion_loss`.
 
     Returns:
-        (layers,) the value of the whole pool, equal on all its ranks. The gradient of the own rows is exact when gradients
-        are averaged over `group` afterwards, as data parallelism does: own rows carry the factor of the group's size.
+        (layers,) the value of the whole pool, equal on all its ranks. The gradient of the own rows is exact when
+        gradients are averaged over `group` afterwards, as data parallelism does: own rows carry the factor of the
+        group's size.
 
     Collective: one all-gather and one all-reduce in the forward pass over `group`; none in the backward pass.
 
@@ -108,17 +112,17 @@ def pooled_dispersion(
     """`pooled_dispersion_loss` with statistics. Collective: as there."""
     num_ranks = 1 if group is None else dist.get_world_size(group)
     _check(embeddings, num_ranks, temperature, cosine_clamp, norm_epsilon)
-    return DispersionTerms(
-        *_PooledAngularDispersion.apply(embeddings, group, temperature, cosine_clamp, norm_epsilon)
+    terms = _PooledAngularDispersion.apply(  # type: ignore[no-untyped-call]
+        embeddings, group, temperature, cosine_clamp, norm_epsilon
     )
+    return DispersionTerms(*terms)
 
 
-def _check(
-    embeddings: Tensor, num_ranks: int, temperature: float, cosine_clamp: float, norm_epsilon: float
-) -> None:
+def _check(embeddings: Tensor, num_ranks: int, temperature: float, cosine_clamp: float, norm_epsilon: float) -> None:
     if embeddings.dim() != 3 or not embeddings.is_floating_point():
         raise ValueError(
-            f"embeddings: got shape {tuple(embeddings.shape)} of {embeddings.dtype}. A floating-point tensor (sets, tokens, dim) "
+            f"embeddings: got shape {tuple(embeddings.shape)} of {embeddings.dtype}. A floating-point tensor (sets, "
+            "tokens, dim) "
             "is needed. Stack the sets in the first dimension."
         )
     if embeddings.shape[1] * num_ranks < 2:
@@ -129,13 +133,9 @@ def _check(
     if not temperature > 0:
         raise ValueError(f"temperature: {temperature} is not allowed. It must be > 0. The paper uses 1.0.")
     if not 0 <= cosine_clamp < 1:
-        raise ValueError(
-            f"cosine_clamp: {cosine_clamp} is not allowed. It must lie in [0, 1). The paper uses 0.1."
-        )
+        raise ValueError(f"cosine_clamp: {cosine_clamp} is not allowed. It must lie in [0, 1). The paper uses 0.1.")
     if not norm_epsilon >= 0:
-        raise ValueError(
-            f"norm_epsilon: {norm_epsilon} is not allowed. It must be >= 0. The paper's scripts use 1e-2."
-        )
+        raise ValueError(f"norm_epsilon: {norm_epsilon} is not allowed. It must be >= 0. The paper's scripts use 1e-2.")
 
 
 class _PooledAngularDispersion(torch.autograd.Function):
@@ -172,7 +172,7 @@ class _PooledAngularDispersion(torch.autograd.Function):
             along = (gradient * own).sum(-1, keepdim=True)
             gradient -= own * along * ((norm + norm_epsilon) / norm)
             gradient /= norm + norm_epsilon
-            # a vector at the floor of `_unit_vectors` has no direction to turn: 1 / floor would drown all other gradients
+            # a vector at the floor of `_unit_vectors` has no direction to turn: 1 / floor would drown all else
             gradient.masked_fill_(norm + norm_epsilon <= _smallest_norm(norm.dtype), 0.0)
         ctx.save_for_backward(gradient)
         ctx.input_dtype = embeddings.dtype
@@ -188,7 +188,7 @@ class _PooledAngularDispersion(torch.autograd.Function):
 
 
 def _unit_vectors(embeddings: Tensor, norm_epsilon: float) -> tuple[Tensor, Tensor]:
-    """u = z / (|z| + epsilon) in float32 (float64 stays), and |z| as (..., 1)."""
+    """U = z / (|z| + epsilon) in float32 (float64 stays), and |z| as (..., 1)."""
     z = embeddings.detach()
     z = z if z.dtype == torch.float64 else z.float()
     norm = torch.linalg.vector_norm(z, dim=-1, keepdim=True).clamp_min(_smallest_norm(z.dtype))
@@ -210,9 +210,7 @@ def _gather_tokens(embeddings: Tensor, group: dist.ProcessGroup) -> Tensor:
     return by_rank.transpose(0, 1).reshape(own.shape[0], num_ranks * own.shape[1], own.shape[2])
 
 
-def _sweep(
-    own: Tensor, pool: Tensor, first_row: int, temperature: float, cosine_clamp: float
-) -> tuple[Tensor, Tensor]:
+def _sweep(own: Tensor, pool: Tensor, first_row: int, temperature: float, cosine_clamp: float) -> tuple[Tensor, Tensor]:
     """All pairs (own row, pool column) but a row with itself.
 
     Args:

@@ -232,9 +232,7 @@ def cut_torn_line(path: Path) -> None:
 def _append_line(path: Path, record: Mapping[str, Any]) -> None:
     line = json.dumps(_finite(record), allow_nan=False) + "\n"
     content = line.encode()
-    with open(
-        path, "ab", buffering=0
-    ) as file:  # one system call a line: nothing waits in a buffer for a kill
+    with open(path, "ab", buffering=0) as file:  # one system call a line: nothing waits in a buffer for a kill
         written = file.write(content)
     if written != len(content):
         cut_torn_line(path)
@@ -316,8 +314,8 @@ def _clock(seconds: float) -> str:
 
 # ---- speed and memory
 
-# Dense peaks in FLOP/s by torch.cuda.get_device_name: bf16 on tensor cores, float32 without TF32. (Figures with
-# "sparsity" in data sheets are twice as high.) None: the device lacks the type. The first match counts.
+# Dense peaks in FLOP/s by torch.cuda.get_device_name: bf16 on tensor cores, float32 without TF32. Figures
+# "with sparsity" in data sheets are twice as high. None: the device lacks the type. The first match counts.
 _PEAKS: list[tuple[str, float | None, float | None]] = [
     (r"\bGB200\b", 2500e12, 80e12),
     (r"\bB200\b", 2250e12, 75e12),

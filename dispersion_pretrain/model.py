@@ -30,7 +30,7 @@ class ModelSize:
 def model_config(settings: ModelSettings, *, vocabulary: int, sequence_length: int) -> PretrainedConfig:
     """The Hugging Face config of `settings`, checked against corpus and sequence length. Reads no weights.
 
-    A from-scratch config without vocab_size takes the corpus' vocabulary; without a limit of positions, its type's default.
+    A from-scratch config without vocab_size takes the corpus' vocabulary.
 
     Raises:
         ValueError: unknown model type or field, too few positions, or a vocabulary that is not the corpus'.
@@ -42,13 +42,15 @@ def model_config(settings: ModelSettings, *, vocabulary: int, sequence_length: i
             config = AutoConfig.for_model(model_type, **fields)
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(
-                f"model.config: transformers refuses it ({str(error)[:300]}). A causal language model's config fields are needed. Correct them."
+                f"model.config: transformers refuses it ({str(error)[:300]}). A causal language model's config "
+                "fields are needed. Correct them."
             ) from None
         known = set(type(config)().to_dict()) | set(getattr(config, "attribute_map", {}))
         unknown = sorted(set(fields) - known)
         if unknown:
             raise ValueError(
-                f"model.config: {', '.join(unknown)} is no field of {model_type}. Known: {', '.join(sorted(known))}. Correct the name."
+                f"model.config: {', '.join(unknown)} is no field of {model_type}. Known: {', '.join(sorted(known))}. "
+                "Correct the name."
             )
     else:
         assert settings.pretrained is not None
@@ -56,7 +58,8 @@ def model_config(settings: ModelSettings, *, vocabulary: int, sequence_length: i
             config = AutoConfig.from_pretrained(settings.pretrained)
         except (OSError, ValueError) as error:
             raise ValueError(
-                f"model.pretrained: {settings.pretrained!r} cannot be loaded ({str(error).splitlines()[0][:300]}). A local Hugging Face folder, or a "
+                f"model.pretrained: {settings.pretrained!r} cannot be loaded ({str(error).splitlines()[0][:300]}). A "
+                "local Hugging Face folder, or a "
                 "name where the hub can be reached, is needed. Correct the path."
             ) from None
     _check_fit(config, vocabulary=vocabulary, sequence_length=sequence_length)
@@ -67,13 +70,16 @@ def _check_fit(config: PretrainedConfig, *, vocabulary: int, sequence_length: in
     positions = getattr(config, "max_position_embeddings", None)
     if positions is not None and sequence_length > positions:
         raise ValueError(
-            f"data.sequence_length: {sequence_length} is longer than the model's {positions} positions. At most {positions} are allowed. "
+            f"data.sequence_length: {sequence_length} is longer than the model's {positions} positions. At most "
+            f"{positions} are allowed. "
             "Shorten the sequences or give the model more positions."
         )
     if not vocabulary <= config.vocab_size <= vocabulary + _VOCABULARY_PADDING:
         raise ValueError(
-            f"model vocabulary: the model has {config.vocab_size} entries, the corpus {vocabulary}. The model needs as many, or up to "
-            f"{_VOCABULARY_PADDING} more as padding. Prepare the corpus with the model's tokenizer, or leave model.config.vocab_size out."
+            f"model vocabulary: the model has {config.vocab_size} entries, the corpus {vocabulary}. The model needs "
+            "as many, or up to "
+            f"{_VOCABULARY_PADDING} more as padding. Prepare the corpus with the model's tokenizer, or leave "
+            "model.config.vocab_size out."
         )
 
 
@@ -88,15 +94,21 @@ def build_model(settings: ModelSettings, config: PretrainedConfig) -> PreTrained
     options: dict[str, Any] = {"attn_implementation": settings.attention}
     if settings.pretrained is not None:
         try:
-            model = AutoModelForCausalLM.from_pretrained(settings.pretrained, config=config, torch_dtype=torch.float32, **options)
+            model = AutoModelForCausalLM.from_pretrained(
+                settings.pretrained, config=config, dtype=torch.float32, **options
+            )
         except (OSError, ValueError) as error:
-            raise ValueError(f"model.pretrained: {settings.pretrained!r} does not load ({str(error)[:300]}). Correct the folder or name.") from None
+            raise ValueError(
+                f"model.pretrained: {settings.pretrained!r} does not load ({str(error)[:300]}). Correct the folder "
+                "or name."
+            ) from None
     else:
         try:
-            model = AutoModelForCausalLM.from_config(config, torch_dtype=torch.float32, **options)
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **options)
         except (ValueError, ImportError) as error:
             raise ValueError(
-                f"model: transformers cannot build it ({str(error)[:300]}). sdpa and eager run everywhere. Change model.attention or model.config."
+                f"model: transformers cannot build it ({str(error)[:300]}). sdpa and eager run everywhere. Change "
+                "model.attention or model.config."
             ) from None
     if settings.activation_checkpointing:
         # The reentrant kind runs blocks without gradients first: hidden states would come out detached.
@@ -126,4 +138,4 @@ def model_size(settings: ModelSettings, config: PretrainedConfig) -> ModelSize:
 
 def load_exported(folder: str | Path, *, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """Load a Hugging Face folder or name for measuring, in evaluation mode on the CPU."""
-    return AutoModelForCausalLM.from_pretrained(str(folder), torch_dtype=dtype).eval()
+    return AutoModelForCausalLM.from_pretrained(str(folder), dtype=dtype).eval()

@@ -19,10 +19,14 @@ from dispersion_pretrain.distributed import counter_hash
 
 
 class LossTerms(NamedTuple):
-    """What one micro-step yields on one rank. `total` is differentiable, the rest is detached and stays on the device."""
+    """What one micro-step yields on one rank. `total` is differentiable, the rest is detached and stays on the "
+    "device.
+    """
 
     total: Tensor  # scalar; averaged over ranks and accumulation micro-steps it is the step's objective
-    cross_entropy: Tensor  # scalar: this rank's share of the step's mean, so summed over ranks and micro-steps / their number
+    cross_entropy: (
+        Tensor  # scalar: this rank's share of the step's mean, so summed over ranks and micro-steps / their number
+    )
     dispersion: Tensor  # scalar: mean over this rank's pools and the chosen layers; 0 where the term is off
     mean_cosine: Tensor  # (chosen layers,) unclamped mean cosine within the pools
     clamped_share: Tensor  # (chosen layers,) share of pairs beyond the clamp
@@ -65,7 +69,7 @@ class DispersionTerm(nn.Module):
         self.pool_group = pool_group
 
     # Collectives with host-side group objects: the compiled model stops here, at one boundary behind the last block.
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(
         self, hidden_states: tuple[Tensor, ...], sample_index: Tensor, step: int
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -153,9 +157,7 @@ def token_cross_entropy(logits: Tensor, input_ids: Tensor) -> Tensor:
     Returns:
         (batch * (length - 1),), in order.
     """
-    return functional.cross_entropy(
-        logits[:, :-1].flatten(0, 1).float(), input_ids[:, 1:].flatten(), reduction="none"
-    )
+    return functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), input_ids[:, 1:].flatten(), reduction="none")
 
 
 def sample_positions(

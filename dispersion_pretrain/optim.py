@@ -15,7 +15,8 @@ def parameter_groups(module: nn.Module, settings: OptimizerSettings) -> list[dic
     Decided by the number of dimensions (`ds_shape` where ZeRO-3 has partitioned the parameter). Embeddings decay, as
     GPT-2 and its successors do.
     """
-    matrices, vectors = [], []
+    matrices: list[nn.Parameter] = []
+    vectors: list[nn.Parameter] = []
     for parameter in module.parameters():
         if parameter.requires_grad:
             shape = getattr(parameter, "ds_shape", parameter.shape)
@@ -27,9 +28,7 @@ def parameter_groups(module: nn.Module, settings: OptimizerSettings) -> list[dic
     return [group for group in groups if group["params"]]
 
 
-def learning_rate(
-    tokens: int, *, peak: float, schedule: ScheduleSettings, max_tokens: int, step_tokens: int
-) -> float:
+def learning_rate(tokens: int, *, peak: float, schedule: ScheduleSettings, max_tokens: int, step_tokens: int) -> float:
     """Learning rate of the optimizer step that follows `tokens` seen tokens.
 
     Warm-up is linear and reaches the peak at `warmup_tokens`; its first step is not 0. Then: constant; cosine or linear

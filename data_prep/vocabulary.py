@@ -1,0 +1,115 @@
+"""The tokenizer of a corpus: trained on its own text, or one that exists already."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import _torchvision_guard  # noqa: F401  (before transformers)
+
+# isort: split
+import tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from prep_errors import InputError
+
+END_OF_DOCUMENT = "<|endoftext|>"
+SMALLEST_VOCABULARY = 257  # one token for each byte, and the end of a document
+
+
+def requested_size(name: str) -> int | None:
+    """Return the SIZE of a `train:SIZE` name, None for the name of an existing tokenizer.
+
+    Raises:
+        InputError: SIZE is not a number, or too small for a byte-level vocabulary.
+    """
+    kind, _, size = name.partition(":")
+    if kind != "train":
+        return None
+    if not size.isdecimal() or int(size) < SMALLEST_VOCABULARY:
+        raise InputError(
+            f"--tokenizer {name}: '{size}' is no vocabulary size that can be trained. At least "
+            f"{SMALLEST_VOCABULARY} (256 bytes and {END_OF_DOCUMENT}) is needed. Give for example train:8192."
+        )
+    return int(size)
+
+
+def train(documents: Iterator[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE tokenizer, as GPT-2's: no text is unknown to it, decoding gives the text back.
+
+    Raises:
+        InputError: the text is too small for so many tokens.
+    """
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_DOCUMENT],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(documents, trainer)
+    if bpe.get_vocab_size() != vocab_size:
+        raise InputError(
+            f"--tokenizer train:{vocab_size}: the training text yields only {bpe.get_vocab_size()} tokens. "
+            f"As many as asked for are needed. Give train:{bpe.get_vocab_size()} or less, or more text."
+        )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        eos_token=END_OF_DOCUMENT,
+        bos_token=END_OF_DOCUMENT,
+        unk_token=END_OF_DOCUMENT,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def load(name: str) -> PreTrainedTokenizerFast:
+    """Load a tokenizer from a local Hugging Face folder or from the hub.
+
+    Raises:
+        InputError: it cannot be loaded, has no tokenizer.json, or no end-of-document token.
+    """
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"--tokenizer {name}: cannot be loaded ({reason}). Give train:SIZE, a local Hugging Face folder, "
+            "or a name on a hub that this machine reaches."
+        ) from error
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise InputError(
+            f"--tokenizer {name}: has no tokenizer.json. Give a tokenizer of the `tokenizers` library."
+        )
+    if tokenizer.eos_token_id is None:
+        raise InputError(
+            f"--tokenizer {name}: has no end-of-document token. Set eos_token in its tokenizer_config.json."
+        )
+    return tokenizer
+
+
+def encode(tokenizer: PreTrainedTokenizerFast, documents: list[str]) -> list[list[int]]:
+    """Return the token ids of each document without special tokens.
+
+    Text that spells a special token is encoded as plain text: a document cannot forge the end of a document.
+    """
+    backend = tokenizer.backend_tokenizer
+    backend.encode_special_tokens = True
+    backend.no_truncation()
+    backend.no_padding()
+    return [encoding.ids for encoding in backend.encode_batch_fast(documents, add_special_tokens=False)]
+
+
+def save(tokenizer: PreTrainedTokenizerFast, folder: Path) -> dict[str, str]:
+    """Write the folder that AutoTokenizer.from_pretrained loads; return the sha256 of its files by name."""
+    tokenizer.save_pretrained(folder)
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(folder.iterdir())}
+
+
+def use_processors(count: int) -> None:
+    """Let the `tokenizers` library use `count` processors; to be called before its first work."""
+    os.environ["RAYON_NUM_THREADS"] = str(count)
+    os.environ["TOKENIZERS_PARALLELISM"] = "true" if count > 1 else "false"

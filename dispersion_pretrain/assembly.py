@@ -1,0 +1,213 @@
+"""Puts the parts of a run together, or only describes them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from transformers import PretrainedConfig
+
+from dispersion_pretrain import distributed, metrics, optim
+from dispersion_pretrain.config import BatchLayout, Settings
+from dispersion_pretrain.data import (
+    Batch,
+    BatchStream,
+    CorpusManifest,
+    GlobalOrder,
+    TokenCorpus,
+    read_manifest,
+    validation_batches,
+)
+from dispersion_pretrain.engine import DeepSpeedEngine
+from dispersion_pretrain.model import ModelSize, build_model, model_config, model_size
+from dispersion_pretrain.objective import DispersionTerm, StepContext, TrainingModule
+
+
+@dataclass
+class RunParts:
+    """Everything that a run is made of; the loop in train.py drives it."""
+
+    settings: Settings
+    device: torch.device
+    layout: BatchLayout
+    layers: list[int]  # hidden states of the dispersion term
+    size: ModelSize
+    hub_config: PretrainedConfig
+    manifest: CorpusManifest
+    corpus: TokenCorpus
+    validation_corpus: TokenCorpus
+    order: GlobalOrder
+    engine: DeepSpeedEngine
+    totals: metrics.StepTotals = field(default_factory=metrics.StepTotals)
+
+    def tokens(self, step: int) -> int:
+        """Tokens seen after `step` steps."""
+        return step * self.settings.training.global_batch_tokens
+
+    def learning_rate(self, step: int) -> float:
+        """Of the 0-based step."""
+        training = self.settings.training
+        return optim.learning_rate(
+            self.tokens(step),
+            peak=self.settings.optimizer.learning_rate,
+            schedule=self.settings.schedule,
+            max_tokens=training.max_tokens,
+            step_tokens=training.global_batch_tokens,
+        )
+
+    def context(self, step: int) -> StepContext:
+        """What the objective must know of the 0-based step. Samples are whole blocks, so each has length - 1 "
+        "targets.
+        """
+        settings = self.settings
+        return StepContext(
+            step=step,
+            targets=settings.global_batch_sequences * (settings.data.sequence_length - 1),
+            shares=self.layout.world_size * self.layout.accumulation,
+            coefficient=settings.dispersion.coefficient if settings.dispersion else 0.0,
+        )
+
+    def batches(self, first_step: int) -> BatchStream:
+        """This rank's micro-batches from a step on; read ahead in the background."""
+        return BatchStream(
+            self.corpus,
+            self.order,
+            rank=distributed.rank(),
+            world_size=self.layout.world_size,
+            micro_batch=self.layout.micro_batch,
+            accumulation=self.layout.accumulation,
+            start_step=first_step,
+            prefetch=self.settings.data.prefetch,
+        )
+
+    def validation_batches(self, num_sequences: int) -> Iterator[Batch]:
+        """This rank's share of the first validation sequences; the same number of batches on every rank."""
+        return iter(
+            validation_batches(
+                self.validation_corpus,
+                rank=distributed.rank(),
+                world_size=self.layout.world_size,
+                micro_batch=self.layout.micro_batch,
+                num_sequences=num_sequences,
+            )
+        )
+
+    @property
+    def flops_per_token(self) -> int:
+        return metrics.model_flops_per_token(
+            self.size.matmul_parameters, self.size.layers, self.size.width, self.settings.data.sequence_length
+        )
+
+    @property
+    def peak_flops(self) -> float | None:
+        """Of one device; None where it is not known."""
+        if self.device.type != "cuda":
+            return None
+        return metrics.peak_flops(torch.cuda.get_device_name(self.device), self.settings.model.precision)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the settings come to on a number of ranks, without a weight in memory."""
+
+    manifest: CorpusManifest
+    layout: BatchLayout
+    hub_config: PretrainedConfig
+    size: ModelSize
+    layers: list[int]
+
+    @classmethod
+    def make(cls, settings: Settings, world_size: int) -> Plan:
+        """Check that settings, corpus, model and number of ranks fit together; reads the corpus' manifest.
+
+        Raises:
+            ValueError: they do not; names the place, the value and what is legal.
+        """
+        layout = BatchLayout.derive(settings, world_size)
+        manifest = read_manifest(settings.data.corpus)
+        if manifest.sequence_length != settings.data.sequence_length:
+            raise ValueError(
+                f"data.sequence_length: {settings.data.sequence_length}, but {settings.data.corpus} holds sequences "
+                f"of {manifest.sequence_length} "
+                f"tokens. They must agree. Use {manifest.sequence_length}, or prepare the corpus again with --seq-len."
+            )
+        hub_config = model_config(
+            settings.model, vocabulary=manifest.vocab_size, sequence_length=settings.data.sequence_length
+        )
+        size = model_size(settings.model, hub_config)
+        layers = settings.dispersion.layer_indices(size.layers) if settings.dispersion else []
+        return cls(manifest, layout, hub_config, size, layers)
+
+    def describe(self, settings: Settings) -> str:
+        """The figures as lines of text."""
+        size, layout, training = self.size, self.layout, settings.training
+        train = self.manifest.splits["train"]
+        sequences, tokens = settings.global_batch_sequences, settings.num_steps * training.global_batch_tokens
+        lines = [
+            f"model        {self.hub_config.model_type}, {size.parameters:,} parameters, {size.layers} layers of "
+            f"width {size.width}, vocabulary {size.vocabulary:,}, {settings.model.precision}",
+            f"corpus       {settings.data.corpus}: {train.tokens:,} training tokens in {train.sequences:,} sequences "
+            f"of {settings.data.sequence_length}",
+            f"step         {training.global_batch_tokens:,} tokens = {sequences:,} sequences = {layout.world_size} "
+            f"ranks x {layout.micro_batch} micro-batch x {layout.accumulation} accumulation",
+            f"run          {settings.num_steps:,} steps, {tokens:,} tokens, {tokens / train.tokens:.2f} epochs, into "
+            f"{settings.run_folder}",
+            f"ZeRO         stage {settings.zero.stage}",
+        ]
+        term = settings.dispersion
+        if term is None or term.coefficient == 0:
+            return "\n".join([*lines, "dispersion   off"])
+        embeddings = term.pool_sequences * term.tokens_per_sequence
+        where = (
+            f"gathered over {layout.pool_ranks} ranks"
+            if layout.pool_ranks > 1
+            else f"{layout.pools_per_rank} on each rank"
+        )
+        lines.append(
+            f"dispersion   {term.coefficient:g} x the mean over {len(self.layers)} layers; pools of "
+            f"{term.pool_sequences} sequences x {term.tokens_per_sequence} tokens "
+            f"= {embeddings:,} embeddings, {where}"
+        )
+        return "\n".join(lines)
+
+
+def assemble(settings: Settings, device: torch.device) -> RunParts:
+    """Build model, engine and data of a run on this rank.
+
+    Collective: world.
+
+    Raises:
+        ValueError: as `Plan.make`; the same on every rank.
+        RuntimeError: a damaged corpus.
+    """
+    plan = Plan.make(settings, distributed.world_size())
+    corpus = TokenCorpus(plan.manifest, "train", cache=settings.data.cache)
+    order = corpus.order(settings.data.shuffle, settings.run.seed)
+    distributed.seed_everything(settings.run.seed)  # every rank builds the same weights
+    model = build_model(settings.model, plan.hub_config)
+    term = None
+    if settings.dispersion is not None:
+        term = DispersionTerm(
+            settings.dispersion,
+            layers=plan.layers,
+            seed=settings.run.seed,
+            pools_per_rank=plan.layout.pools_per_rank,
+            pool_group=distributed.pool_groups(plan.layout.pool_ranks),
+        )
+    engine = DeepSpeedEngine(TrainingModule(model, term), settings, plan.layout)
+    engine.train()
+    distributed.seed_dropout(settings.run.seed)
+    return RunParts(
+        settings=settings,
+        device=device,
+        layout=plan.layout,
+        layers=plan.layers,
+        size=plan.size,
+        hub_config=plan.hub_config,
+        manifest=plan.manifest,
+        corpus=corpus,
+        validation_corpus=TokenCorpus(plan.manifest, "validation", cache=settings.data.cache),
+        order=order,
+        engine=engine,
+    )

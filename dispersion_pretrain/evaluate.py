@@ -1,0 +1,375 @@
+"""Benchmark scores of one checkpoint, in a process of its own: never inside the training process.
+
+The folder of an evaluation holds results.json (whole or absent), failed.json (why there is none), pending (the process
+that works on it), log.txt (of a job that training started) and lock.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from dispersion_pretrain import checkpoint, export, provenance, suites
+from dispersion_pretrain.config import Settings, load_settings
+from dispersion_pretrain.data import read_manifest
+from dispersion_pretrain.suites import Suite, load_suite
+
+FORMAT_VERSION = 1
+RESULTS, FAILURE, PENDING = "results.json", "failed.json", "pending"
+
+_SCRIPT = Path(__file__).resolve().parent.parent / "launch" / "evaluate_checkpoint.py"
+_NICENESS = 10  # beside training a job gets about a tenth of a core that training wants too
+_UNSEEN_HOST_S = 24 * 3600.0  # a process on another host cannot be looked at: believed for so long
+# What would make the job take itself for a rank of the training, or use as few threads as one.
+_LAUNCHER_VARIABLES = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "NODE_RANK"}
+_LAUNCHER_PREFIXES = (
+    *("MASTER_", "GROUP_", "CROSS_", "ROLE_", "TORCHELASTIC_", "ACCELERATE_", "OMP_", "KMP_", "GOMP_"),
+    *("OMPI_", "PMI_", "PMIX_", "SLURM_PROCID", "SLURM_LOCALID"),
+)
+
+_log = logging.getLogger(__name__)
+_children: list[subprocess.Popen[bytes]] = []  # of this process, until they have ended and were waited for
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to evaluate."""
+
+    corpus: str | None = None  # of held-out text; None: that of the run
+    device: str | None = None  # None: CUDA where there is one, else the CPU
+    batch_size: int | str = 8  # or "auto"
+    limit: int | None = None  # examples a task, where the suite has more
+    force: bool = False  # repeat what is there
+    keep_export: bool = False
+
+
+@dataclass(frozen=True)
+class _Job:
+    model: str
+    suite: Suite
+    run: Path | None
+    step: int | None
+    settings: Settings | None  # of the run
+    folder: Path
+    options: Options
+
+    @property
+    def checkpoint(self) -> Path | None:
+        return None if self.run is None or self.step is None else checkpoint.step_folder(self.run, self.step)
+
+    @property
+    def corpus(self) -> str | None:
+        return self.options.corpus or (self.settings.data.corpus if self.settings else None)
+
+    def identity(self, earlier: dict[str, Any] | None) -> dict[str, Any]:
+        """What decides the scores. A checkpoint that was removed since is the one of the `earlier` results."""
+        held_out = any(task.held_out for task in self.suite.tasks)
+        if earlier is not None and self.checkpoint is not None and not self.checkpoint.exists():
+            model = earlier["settings"]["identity"]["model"]
+        else:
+            model = self._model_identity()
+        return {
+            "model": model,
+            "suite": self.suite.model_dump(mode="json"),
+            "limit": self.options.limit,
+            "corpus_sha256": read_manifest(self.corpus).sha256 if held_out and self.corpus else None,
+            "lm_eval": metadata.version("lm_eval"),
+        }
+
+    def _model_identity(self) -> str:
+        if self.checkpoint is not None:
+            return export.checkpoint_hash(self.checkpoint)
+        if not Path(self.model).is_dir():
+            return self.model
+        files = sorted(path for path in Path(self.model).iterdir() if path.is_file())
+        described = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+        return hashlib.sha256(repr(described).encode()).hexdigest()
+
+
+def evaluation_folder(run_folder: Path, suite_name: str, step: int) -> Path:
+    """Where the results of a run's checkpoint lie."""
+    return run_folder / "evaluations" / suite_name / f"step-{step:08d}"
+
+
+def evaluate_model(model: str, suite: str | Path, out: Path | None, options: Options) -> dict[str, Any]:
+    """Run a suite on a model, write results.json and return its content; whole earlier results are returned unchanged.
+
+    The scores of a run go into its TensorBoard files too. Tasks that fail are in `errors` while the others go on; a
+    repetition runs only those that are missing. A second evaluation into the same folder waits for the first.
+
+    Args:
+        model: RUN_FOLDER (newest good checkpoint), RUN_FOLDER@STEP, a Hugging Face folder, or a name on the hub.
+        suite: YAML file.
+        out: folder of the results; None: that of the run's step.
+
+    Raises:
+        ValueError: the suite, the model or `out` is not what it must be.
+        RuntimeError: the checkpoint is damaged, or its export is not the model that was trained.
+    """
+    job = _plan(model, load_suite(suite), out, options)
+    job.folder.mkdir(parents=True, exist_ok=True)
+    with _exclusive(job.folder):
+        (job.folder / FAILURE).unlink(missing_ok=True)
+        _write_pending(job.folder, os.getpid())
+        try:
+            return _evaluate(job, chosen_folder=out is not None)
+        except Exception as error:
+            _write_json(job.folder / FAILURE, {"time": time.time(), "error": f"{type(error).__name__}: {error}"})
+            raise
+        finally:
+            (job.folder / PENDING).unlink(missing_ok=True)
+
+
+def _plan(model: str, suite: Suite, out: Path | None, options: Options) -> _Job:
+    parts = export.split_run(model)
+    if parts is None:
+        if out is None:
+            raise ValueError(f"--out: is missing, and {model} is no run with a folder for results. Give --out.")
+        return _Job(model, suite, None, None, None, out, options)
+    run, step = parts
+    if step is None:
+        step = export.locate(model).info.step
+    settings = load_settings(run / "config.yaml")
+    return _Job(model, suite, run, step, settings, out or evaluation_folder(run, suite.name, step), options)
+
+
+@contextlib.contextmanager
+def _exclusive(folder: Path) -> Iterator[None]:
+    with open(folder / "lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"{folder}: another evaluation works here, waiting for it", flush=True)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _evaluate(job: _Job, *, chosen_folder: bool) -> dict[str, Any]:
+    started = time.time()
+    earlier = _read_json(job.folder / RESULTS)
+    identity = job.identity(earlier)
+    scores = _reusable_scores(job, earlier, identity, chosen_folder=chosen_folder)
+    missing = [task for task in job.suite.tasks if task.task not in scores]
+    if earlier is not None and not missing:
+        print(f"{job.folder / RESULTS}: is there already; --force repeats it", flush=True)
+        return earlier
+    details: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory(prefix="evaluation-") as scratch:
+        cache = job.settings.data.cache if job.settings and job.options.corpus is None else None
+        loaded, errors = suites.load_tasks(missing, suites.Text(job.corpus, cache, Path(scratch)))
+        if loaded:
+            with _language_model(job) as (lm, details):
+                found, failures = suites.run_tasks(lm, missing, loaded, job.options.limit)
+            scores, errors = scores | found, errors | failures
+    manifest = _read_json(job.checkpoint / checkpoint.MANIFEST) if job.checkpoint else None
+    results = {
+        "format_version": FORMAT_VERSION,
+        "model": job.model,
+        "run": None if job.run is None else str(job.run),
+        "step": job.step,
+        "tokens": None if manifest is None else manifest["tokens"],
+        "suite": job.suite.name,
+        "results": {task.task: scores[task.task] for task in job.suite.tasks if task.task in scores},
+        "averages": suites.averages(job.suite, scores),
+        "errors": errors,
+        "versions": provenance.versions() | {name: metadata.version(name) for name in ("lm_eval", "datasets")},
+        "settings": {"identity": identity, "corpus": job.corpus, "batch_size": job.options.batch_size, **details},
+        "time_s": time.time() - started,
+    }
+    if job.run is not None and job.step is not None:
+        _write_tensorboard(job.run, job.step, results)
+    _write_json(job.folder / RESULTS, results)
+    return results
+
+
+def _reusable_scores(
+    job: _Job, earlier: dict[str, Any] | None, identity: dict[str, Any], *, chosen_folder: bool
+) -> dict[str, dict[str, Any]]:
+    """Return the scores of earlier results that hold for this job too."""
+    if earlier is None or job.options.force:
+        return {}
+    before = earlier["settings"]["identity"]
+    if before == identity:
+        return dict(earlier["results"])
+    if chosen_folder and before["model"] != identity["model"]:
+        raise ValueError(
+            f"--out: {job.folder} holds the results of {earlier['model']}. A folder of its own for each model is "
+            "needed. Choose another, or --force to replace them."
+        )
+    return {}
+
+
+@contextlib.contextmanager
+def _language_model(job: _Job) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """Yield lm-eval's view of the model and how it was set up."""
+    from lm_eval.models.huggingface import HFLM
+
+    with _model_folder(job) as folder:
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder)
+            model = AutoModelForCausalLM.from_pretrained(folder, torch_dtype="auto")
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"--model: {job.model!r} cannot be loaded ({str(error).splitlines()[0][:300]}). A run, a Hugging Face "
+                "folder with a tokenizer, or a name where the hub can be reached is allowed. Correct it."
+            ) from None
+        device = job.options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        # From scratch, positions beyond the length of the training were never seen.
+        trained = job.settings.data.sequence_length if job.settings and job.settings.model.config is not None else None
+        lm = HFLM(
+            pretrained=model.eval().to(device),
+            tokenizer=tokenizer,
+            batch_size=job.options.batch_size,
+            max_length=trained,
+        )
+        yield lm, {"device": device, "precision": str(model.dtype).removeprefix("torch."), "max_length": lm.max_length}
+
+
+@contextlib.contextmanager
+def _model_folder(job: _Job) -> Iterator[str]:
+    """Yield what transformers loads; the export of a run's checkpoint stays for as long as it is needed."""
+    if job.run is None:
+        yield job.model
+        return
+    source = export.locate(f"{job.run}@{job.step}")
+    folder = job.folder / "model"
+    record = export.read_record(folder)
+    if record is not None and record["manifest_sha256"] != source.manifest_sha256:
+        shutil.rmtree(folder)  # a killed evaluation of an earlier checkpoint left it
+    try:
+        yield str(export.export_checkpoint(source, folder))
+    finally:
+        if not job.options.keep_export and export.read_record(folder) is not None:
+            shutil.rmtree(folder)
+
+
+def _write_tensorboard(run: Path, step: int, results: dict[str, Any]) -> None:
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(str(run / "tensorboard" / "evaluation")) as writer:
+        for task, metric, value, _, _ in suites.flat_scores(results):
+            writer.add_scalar(f"evaluation/{task}/{metric}", value, step)
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(temporary, "w", encoding="utf-8") as file:
+        json.dump(content, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None
+
+
+# ---- jobs beside training
+
+
+def start_evaluation_job(run_folder: Path, step: int, suite: str, *, device: str = "cpu") -> None:
+    """Start the evaluation of a committed checkpoint as a process of its own; never wait for it and never raise.
+
+    Its output goes to log.txt of the evaluation's folder. On the CPU by default: on the training's own GPU it could
+    take the memory that the next step needs. A failure to start is logged and written to failed.json there.
+    """
+    folder = evaluation_folder(run_folder, Path(suite).stem, step)
+    try:
+        folder = evaluation_folder(run_folder, load_suite(suite).name, step)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / FAILURE).unlink(missing_ok=True)
+        _remove_stale_results(run_folder, step, folder)
+        command = [sys.executable, str(_SCRIPT), "--model", f"{run_folder.resolve()}@{step}"]
+        command += ["--suite", str(suites.suite_path(suite).resolve()), "--device", device]
+        with open(folder / "log.txt", "ab") as log:
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=_job_environment(),
+                start_new_session=True,
+            )
+        _children.append(process)
+        with contextlib.suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, process.pid, _NICENESS)
+        _write_pending(folder, process.pid)
+    except Exception as error:  # training goes on whatever happens to an evaluation; no collective in here
+        _log.warning("the evaluation of step %d cannot be started: %s", step, error)
+        with contextlib.suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+            _write_json(folder / FAILURE, {"time": time.time(), "error": f"cannot be started: {error}"})
+
+
+def pending_evaluations(run_folder: Path) -> set[int]:
+    """Steps whose evaluation has started and neither ended nor died: their checkpoints are still needed."""
+    _children[:] = [process for process in _children if process.poll() is None]  # polling also buries the dead
+    steps = set()
+    for marker in (Path(run_folder) / "evaluations").glob(f"*/step-*/{PENDING}"):
+        ended = any((marker.parent / name).exists() for name in (RESULTS, FAILURE))
+        record = _read_json(marker)
+        number = marker.parent.name.removeprefix("step-")
+        if number.isdigit() and not ended and record is not None and _lives(record):
+            steps.add(int(number))
+    return steps
+
+
+def _remove_stale_results(run_folder: Path, step: int, folder: Path) -> None:
+    """Remove results of an earlier checkpoint of this step, which a resumed run has replaced."""
+    earlier = _read_json(folder / RESULTS)
+    current = export.checkpoint_hash(checkpoint.step_folder(run_folder, step))
+    if earlier is not None and earlier["settings"]["identity"]["model"] != current:
+        (folder / RESULTS).unlink()
+
+
+def _job_environment() -> dict[str, str]:
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in _LAUNCHER_VARIABLES and not name.startswith(_LAUNCHER_PREFIXES)
+    }
+    return kept | {"TQDM_DISABLE": "1"}  # progress bars would fill the log
+
+
+def _write_pending(folder: Path, pid: int) -> None:
+    record = {"pid": pid, "started": _process_start(pid), "host": socket.gethostname(), "time": time.time()}
+    _write_json(folder / PENDING, record)
+
+
+def _lives(record: dict[str, Any]) -> bool:
+    """Whether the process of a `pending` record is there, and is not another one under the same number."""
+    if record["host"] != socket.gethostname():
+        return time.time() - float(record["time"]) < _UNSEEN_HOST_S
+    started = _process_start(int(record["pid"]))
+    return started is not None and started == record["started"]
+
+
+def _process_start(pid: int) -> int | None:
+    """When a process started, in clock ticks since boot; None if it is not there or a zombie."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] in "ZX" else int(fields[19])

@@ -1,0 +1,179 @@
+"""What a checkpoint of a run holds, and what must agree before one is loaded."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import socket
+import time
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from dispersion_pretrain import checkpoint, distributed, metrics, provenance
+from dispersion_pretrain.assembly import RunParts
+from dispersion_pretrain.config import Settings, dump_settings
+from dispersion_pretrain.data import tokenizer_path
+from dispersion_pretrain.evaluate import pending_evaluations
+
+REFERENCE_FILE = "reference.safetensors"
+MODEL_CONFIG_FOLDER = "model_config"
+_REFERENCE_TOKENS = 16
+
+# Settings that decide the trajectory: with another value a resume would go on with another run.
+_FIXED = (
+    "run.seed",
+    "model.config",
+    "model.pretrained",
+    "model.precision",
+    "data.sequence_length",
+    "training.global_batch_tokens",
+    "zero.stage",
+)
+
+_log = logging.getLogger(__name__)
+
+
+def save_run(parts: RunParts, step: int) -> float:
+    """Commit a checkpoint after `step` steps and remove old ones; return the seconds it took.
+
+    It holds the engine's shards, each rank's random state, the model's config, and reference logits for the check of an
+    export. The position in the data follows from the step: order and batch are fixed.
+
+    Collective: world.
+
+    Raises:
+        RuntimeError: a rank cannot write; older checkpoints are untouched.
+    """
+    started, settings = time.monotonic(), parts.settings
+    staging = checkpoint.staging_folder(settings.run_folder, step)
+    parts.engine.save(staging)
+    checkpoint.save_rank_state(staging, {"random": distributed.random_state()})
+    reference = _reference(parts)
+    with distributed.failing_together(f"{staging}: cannot write the model's config and reference"):
+        if distributed.is_main():
+            parts.hub_config.save_pretrained(staging / MODEL_CONFIG_FOLDER)
+            save_file(reference, staging / REFERENCE_FILE)
+    checkpoint.commit(
+        staging,
+        step=step,
+        tokens=parts.tokens(step),
+        samples=step * settings.global_batch_sequences,
+        world_size=parts.layout.world_size,
+        settings=settings.model_dump(mode="json"),
+        versions=provenance.versions(),
+        extra={
+            "git_commit": provenance.git_commit() if distributed.is_main() else None,
+            "data_order": parts.order.fingerprint(),
+        },
+    )
+    if distributed.is_main():
+        pending = pending_evaluations(settings.run_folder)
+        checkpoint.retain(settings.run_folder, settings.checkpoint.keep_last, pending, verified_step=step)
+    distributed.barrier()
+    return time.monotonic() - started
+
+
+def _reference(parts: RunParts) -> dict[str, torch.Tensor]:
+    """Logits of the running model on fixed tokens: input_ids (1, n) int64, logits (1, n, vocabulary) float32."""
+    tokens = min(_REFERENCE_TOKENS, parts.settings.data.sequence_length)
+    drawn = distributed.counter_hash(0, torch.arange(tokens))
+    input_ids = (drawn.abs() % parts.manifest.vocab_size)[None]
+    parts.engine.train(False)
+    with torch.no_grad():
+        logits = parts.engine(input_ids.to(parts.device)).logits
+    parts.engine.train()
+    return {"input_ids": input_ids, "logits": logits.float().cpu().contiguous()}
+
+
+def resume_run(parts: RunParts, resume: str) -> int:
+    """Load what `resume` names and return the number of steps done; 0 for a start.
+
+    Args:
+        resume: "auto", "none" or the folder of a checkpoint.
+
+    Collective: world.
+
+    Raises:
+        ValueError: the named folder is no checkpoint.
+        RuntimeError: no exact resume is possible; says what differs and what to do.
+    """
+    settings = parts.settings
+    if resume == "none" and distributed.broadcast_object(checkpoint.committed_steps(settings.run_folder)):
+        raise RuntimeError(
+            f"--resume none: {settings.run_folder} has checkpoints, and a start at step 0 would replace them. A new "
+            "run folder is needed. "
+            "Set run.name or run.folder, or remove that folder."
+        )
+    found, skipped = checkpoint.resolve(settings.run_folder, resume)
+    if distributed.is_main():
+        for reason in skipped:
+            _log.warning("skipped checkpoint %s", reason)
+    if found is None:
+        return 0
+    _refuse_other_run(parts, found)
+    parts.engine.load(found.path)
+    distributed.restore_random_state(checkpoint.load_rank_state(found.path)["random"])
+    return found.step
+
+
+def _refuse_other_run(parts: RunParts, found: checkpoint.CheckpointInfo) -> None:
+    """Raise if the checkpoint and the settings at hand cannot give one trajectory. The same decision on every rank."""
+    saved = Settings.model_validate(found.manifest["settings"])
+    differences = [
+        f"{key} was {_value(saved, key)!r} and is {_value(parts.settings, key)!r}"
+        for key in _FIXED
+        if _value(saved, key) != _value(parts.settings, key)
+    ]
+    if found.world_size != parts.layout.world_size:
+        differences.append(f"the number of ranks was {found.world_size} and is {parts.layout.world_size}")
+    if found.manifest["extra"]["data_order"] != parts.order.fingerprint():
+        differences.append(
+            "the corpus or its shuffle (data.corpus, data.shuffle, run.seed) is not the one of the checkpoint"
+        )
+    if differences:
+        raise RuntimeError(
+            f"{found.path}: {'; '.join(differences)}. An exact resume needs them equal. Restore them, or start "
+            "another run with run.name."
+        )
+
+
+def _value(settings: Settings, key: str) -> Any:
+    value: Any = settings
+    for part in key.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def prepare_run_folder(parts: RunParts, first_step: int) -> None:
+    """Write settings, tokenizer and a line about this start into the run folder. Collective: world; rank 0 writes.
+
+    Raises:
+        RuntimeError: the folder cannot be written; on every rank.
+    """
+    folder = parts.settings.run_folder
+    with distributed.failing_together(f"{folder}: cannot prepare the run folder"):
+        if not distributed.is_main():
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.yaml.tmp").write_text(dump_settings(parts.settings), encoding="utf-8")
+        (folder / "config.yaml.tmp").replace(folder / "config.yaml")
+        if not (folder / "tokenizer").exists():
+            tokenizer = tokenizer_path(parts.manifest, parts.settings.data.cache)
+            shutil.copytree(tokenizer, folder / "tokenizer.tmp", dirs_exist_ok=True)
+            (folder / "tokenizer.tmp").replace(folder / "tokenizer")
+        metrics.append_start(
+            folder,
+            {
+                "world_size": parts.layout.world_size,
+                "micro_batch": parts.layout.micro_batch,
+                "accumulation": parts.layout.accumulation,
+                "device": torch.cuda.get_device_name(parts.device) if parts.device.type == "cuda" else "cpu",
+                "hostname": socket.gethostname(),
+                "resumed_from_step": first_step,
+                "parameters": parts.size.parameters,
+                "versions": provenance.versions(),
+                "git_commit": provenance.git_commit(),
+            },
+        )

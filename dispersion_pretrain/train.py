@@ -1,0 +1,289 @@
+"""The training loop: the step first, then the run around it, from top to bottom."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Iterator
+from types import FrameType
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from dispersion_pretrain import distributed, metrics
+from dispersion_pretrain.assembly import RunParts, assemble
+from dispersion_pretrain.condensation import CosineAccumulator
+from dispersion_pretrain.config import CondensationSettings, Settings, ValidationSettings
+from dispersion_pretrain.data import Batch
+from dispersion_pretrain.engine import start_distributed
+from dispersion_pretrain.evaluate import start_evaluation_job
+from dispersion_pretrain.objective import EvaluationOutputs, LossTerms, StepContext
+from dispersion_pretrain.resume import prepare_run_folder, resume_run, save_run
+
+REQUEUE_EXIT_CODE = 85  # "stopped by a signal, state saved: start me again"
+
+
+class TrainEngine(Protocol):
+    """What the train step needs of an engine."""
+
+    def __call__(self, *arguments: Any) -> Any: ...
+    def backward(self, loss: Tensor) -> None: ...
+    def step(self) -> None: ...
+    def gradient_accumulation_steps(self) -> int: ...
+
+
+def train_step(
+    engine: TrainEngine,
+    batches: Iterator[Batch],
+    context: StepContext,
+    totals: metrics.StepTotals,
+    device: torch.device,
+) -> None:
+    """One optimizer step: every micro-batch forward and backward, one update at the end.
+
+    Collective: the engine's, the dispersion term's, and one flag before the update.
+
+    Raises:
+        RuntimeError: a loss is not finite on some rank; raised on every rank, before the update.
+    """
+    micro_steps = engine.gradient_accumulation_steps()
+    sums = torch.zeros(2, device=device)
+    for micro_step in range(micro_steps):
+        batch = next(batches)
+        terms: LossTerms = engine(
+            batch.input_ids.to(device, non_blocking=True), batch.sample_index.to(device, non_blocking=True), context
+        )
+        engine.backward(terms.total)  # the engine divides by the accumulation count
+        add_terms(totals, terms)
+        sums += torch.stack([terms.cross_entropy, terms.dispersion])
+        if micro_step == micro_steps - 1:
+            refuse_non_finite(sums, context.step)
+        engine.step()
+
+
+def add_terms(totals: metrics.StepTotals, terms: LossTerms) -> None:
+    """Add one micro-step to the sums on the device; per-layer vectors go by their place among the chosen layers."""
+    totals.add("cross_entropy", terms.cross_entropy)
+    totals.add("dispersion", terms.dispersion)
+    for name, vector in (("cosine", terms.mean_cosine), ("clamped", terms.clamped_share)):
+        if vector.numel():
+            totals.add([f"{name}/{place}" for place in range(vector.numel())], vector)
+
+
+def refuse_non_finite(sums: Tensor, step: int) -> None:
+    """Stop all ranks together if a term of the step, (cross-entropy, dispersion), is not finite. Collective: world."""
+    broken = distributed.all_reduce_sum((~torch.isfinite(sums)).float()).tolist()
+    names = [name for name, count in zip(("cross-entropy", "dispersion"), broken, strict=True) if count]
+    if names:
+        raise RuntimeError(
+            f"step {step}: {' and '.join(names)} is not finite on {int(max(broken))} of {distributed.world_size()} "
+            "ranks. No update was made. "
+            "Lower optimizer.learning_rate or lengthen schedule.warmup_tokens and start again: the newest checkpoint "
+            "is untouched."
+        )
+
+
+def run(settings: Settings, *, resume: str = "auto") -> int:
+    """Train from the newest good checkpoint (or as `resume` says) to the last step.
+
+    Args:
+        resume: "auto", "none" (step 0; refused where the run has checkpoints) or the folder of a checkpoint.
+
+    Returns:
+        Exit code: 0 at the end of the run, `REQUEUE_EXIT_CODE` when a signal stopped it with its state saved.
+
+    Collective: world.
+
+    Raises:
+        ValueError: settings, corpus and model do not fit together.
+        RuntimeError: a damaged checkpoint or corpus, a resume that cannot be exact, a loss that is not finite.
+    """
+    device = start_distributed()
+    stop = StopSignal()
+    parts = assemble(settings, device)
+    step = resume_run(parts, resume)
+    prepare_run_folder(parts, step)
+    writer = metrics.MetricsWriter(
+        settings.run_folder,
+        max_tokens=parts.tokens(settings.num_steps),
+        is_main=distributed.is_main(),
+        progress=True,
+        first_step=step + 1,
+    )
+    batches, meter = parts.batches(step), ThroughputMeter(step)
+    last_save_step, last_save_time = step, time.monotonic()
+    if step == 0:
+        with meter.pause():
+            measure(parts, writer, step, everything=True)
+
+    while step < settings.num_steps:
+        parts.engine.set_learning_rate(parts.learning_rate(step))
+        train_step(parts.engine, batches, parts.context(step), parts.totals, device)
+        step += 1
+        stopping = distributed.any_rank(stop.requested)
+        ending = stopping or step == settings.num_steps
+
+        if ending or step % settings.logging.every_steps == 0:
+            log(parts, writer, step, meter.values(step, parts, batches.wait_s))
+        with meter.pause():
+            measure(parts, writer, step, everything=step == settings.num_steps)
+        if step > last_save_step and (ending or save_due(settings, step, last_save_time)):
+            with meter.pause():
+                writer.write(step, parts.tokens(step), {"checkpoint_s": save_run(parts, step)})
+            last_save_step, last_save_time = step, time.monotonic()
+            every = settings.evaluation.every
+            if every and step % every == 0 and distributed.is_main():
+                start_evaluation_job(settings.run_folder, step, settings.evaluation.suite)
+        if stopping:
+            break
+
+    batches.close()
+    writer.close()
+    if step == settings.num_steps:
+        return 0
+    if distributed.is_main():
+        print(f"stopped by {stop.name} at step {step}, state saved; the same command goes on from there", flush=True)
+    return REQUEUE_EXIT_CODE
+
+
+def log(parts: RunParts, writer: metrics.MetricsWriter, step: int, speed: dict[str, float]) -> None:
+    """Write the means of the steps since the last record. Collective: world, one reduction."""
+    means = parts.totals.reduce()
+    gradient_norm = parts.engine.gradient_norm()
+    coefficient = parts.context(step - 1).coefficient
+    values = {
+        "loss/total": means["cross_entropy"] + coefficient * means["dispersion"],
+        "loss/cross_entropy": means["cross_entropy"],
+        "grad_norm": gradient_norm,
+        "learning_rate": parts.learning_rate(step - 1),
+        **speed,
+    }
+    if coefficient:
+        values["loss/dispersion"] = means["dispersion"]
+        values["dispersion/coefficient"] = coefficient
+        values["dispersion/cosine"] = sum(means[f"cosine/{i}"] for i in range(len(parts.layers))) / len(parts.layers)
+        for place, layer in enumerate(parts.layers):
+            values[f"dispersion/cosine/layer_{layer:02d}"] = means[f"cosine/{place}"]
+            values[f"dispersion/clamped_share/layer_{layer:02d}"] = means[f"clamped/{place}"]
+    writer.write(step, parts.tokens(step), values)
+    if not gradient_norm < float("inf"):
+        raise RuntimeError(
+            f"step {step - 1}: the gradient norm is {gradient_norm} and the update is spoiled; nothing of it is "
+            "saved. Lower "
+            "optimizer.learning_rate or lengthen schedule.warmup_tokens and start again from the newest checkpoint."
+        )
+
+
+def measure(parts: RunParts, writer: metrics.MetricsWriter, step: int, *, everything: bool = False) -> None:
+    """Validation loss and condensation, where due or if `everything`. Collective: world; no gradient, no random "
+    "number.
+    """
+    settings = parts.settings
+    validation = settings.validation if everything or _due(settings.validation, step) else None
+    condensation = settings.condensation if everything or _due(settings.condensation, step) else None
+    if validation is None and condensation is None:
+        return
+    parts.engine.train(False)
+    sums = torch.zeros(2, dtype=torch.float64, device=parts.device)
+    accumulator: CosineAccumulator | None = None
+    num_sequences = max(validation.sequences if validation else 0, condensation.num_texts if condensation else 0)
+    for batch in parts.validation_batches(num_sequences):
+        with torch.no_grad():
+            outputs: EvaluationOutputs = parts.engine(batch.input_ids.to(parts.device))
+        if validation is not None:
+            counted = (batch.valid & (batch.sample_index < validation.sequences)).to(parts.device)
+            sums += torch.stack(
+                [outputs.cross_entropy_sums[counted].sum(), counted.sum() * (batch.input_ids.shape[1] - 1)]
+            )
+        if condensation is not None:
+            accumulator = accumulator or CosineAccumulator(
+                len(outputs.hidden_states), batch.input_ids.shape[1], parts.device
+            )
+            texts = (batch.valid & (batch.sample_index < condensation.num_texts)).to(parts.device)
+            accumulator.add(outputs.hidden_states, texts)
+    parts.engine.train(True)
+    values: dict[str, float] = {}
+    if validation is not None:
+        total, count = distributed.all_reduce_sum(sums).tolist()
+        values |= {
+            "validation/cross_entropy": total / count,
+            "validation/perplexity": float(torch.tensor(total / count).exp()),
+        }
+    if condensation is not None and accumulator is not None:
+        accumulator.reduce()
+        result = accumulator.result(step=step, tokens=parts.tokens(step))
+        values |= result.scalars()
+        if distributed.is_main():
+            result.save(settings.run_folder / "condensation" / f"step-{step:08d}.npz")
+    writer.write(step, parts.tokens(step), values)
+
+
+def _due(section: ValidationSettings | CondensationSettings | None, step: int) -> bool:
+    return section is not None and step > 0 and step % section.every_steps == 0
+
+
+def save_due(settings: Settings, step: int, last_save_time: float) -> bool:
+    """Whether a checkpoint is due by steps or minutes. Collective: world, where minutes count (clocks of ranks "
+    "differ).
+    """
+    every = settings.checkpoint
+    if every.every_steps is not None and step % every.every_steps == 0:
+        return True
+    if every.every_minutes is None:
+        return False
+    return distributed.any_rank(time.monotonic() - last_save_time >= 60 * every.every_minutes)
+
+
+class ThroughputMeter:
+    """Time and tokens between two log records; what is spent in `with meter.pause()` does not count."""
+
+    def __init__(self, step: int) -> None:
+        self._start(step, time.monotonic(), 0.0)
+
+    def _start(self, step: int, now: float, waited_s: float) -> None:
+        self._step, self._time, self._waited_s, self._paused_s = step, now, waited_s, 0.0
+
+    def pause(self) -> ThroughputMeter:
+        return self
+
+    def __enter__(self) -> None:
+        self._pause_start = time.monotonic()
+
+    def __exit__(self, *_: object) -> None:
+        self._paused_s += time.monotonic() - self._pause_start
+
+    def values(self, step: int, parts: RunParts, waited_s: float) -> dict[str, float]:
+        """The figures since the last call: tokens_per_s, step_time_s, data_wait_share, memory_gib, and mfu where "
+        "known.
+        """
+        now = time.monotonic()
+        seconds = max(1e-9, now - self._time - self._paused_s)
+        tokens_per_s = parts.tokens(step - self._step) / seconds
+        values = {
+            "tokens_per_s": tokens_per_s,
+            "step_time_s": seconds / max(1, step - self._step),
+            "data_wait_share": (waited_s - self._waited_s) / seconds,
+            "memory_gib": metrics.memory_gib(),
+        }
+        if parts.peak_flops is not None:
+            values["mfu"] = tokens_per_s * parts.flops_per_token / (parts.peak_flops * distributed.world_size())
+        self._start(step, now, waited_s)
+        return values
+
+
+class StopSignal:
+    """Notes SIGTERM, SIGINT and SIGUSR1 (Slurm's warning); the loop looks at it between steps. A second one ends at "
+    "once.
+    """
+
+    def __init__(self) -> None:
+        self.requested, self.name = False, "a signal to another rank"
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, _: FrameType | None) -> None:
+        if self.requested:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(signal.Signals(number))
+        self.requested, self.name = True, signal.Signals(number).name

@@ -1,0 +1,91 @@
+"""The main job: `deepspeed launch/pretrain.py --config configs/demo.yaml [section.key=value ...]`.
+
+The same command again goes on from the newest good checkpoint. torchrun starts the same script.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import warnings
+from pathlib import Path
+
+from dispersion_pretrain.config import dump_settings, load_settings
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--config", required=True, metavar="FILE", help="a YAML file, see configs/")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
+    parser.add_argument(
+        "--resume",
+        default="auto",
+        metavar="auto|none|PATH",
+        help="checkpoint to go on from (default: the newest good one)",
+    )
+    parser.add_argument("--print-config", action="store_true", help="print the resolved settings and stop")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="check everything, print the figures of the run and stop; no weights, no GPU",
+    )
+    parser.add_argument(
+        "--ranks", type=int, metavar="N", help="--dry-run: number of processes to plan for (default: WORLD_SIZE, or 1)"
+    )
+    parser.add_argument(
+        "--local_rank", type=int, help=argparse.SUPPRESS
+    )  # the deepspeed launcher adds it; LOCAL_RANK says the same
+    arguments = parser.parse_intermixed_args()
+    if arguments.ranks is not None and arguments.ranks < 1:
+        parser.error(f"--ranks: {arguments.ranks} is not allowed. At least 1 process is needed.")
+    return arguments
+
+
+def _is_ours(error: BaseException) -> bool:
+    """Whether this program raised it, with a message for its user; for a library's own error the traceback is what "
+    "helps.
+    """
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and "dispersion_pretrain" in Path(trace.tb_frame.f_code.co_filename).parts
+
+
+def main() -> int:
+    arguments = parse_arguments()
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    # DeepSpeed calls collectives by names that newer torch versions deprecate: one such line a rank helps nobody.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    is_first = os.environ.get("RANK", "0") == "0"
+    try:
+        settings = load_settings(Path(arguments.config), arguments.overrides)
+        if arguments.print_config:
+            if is_first:
+                print(dump_settings(settings), end="")
+            return 0
+        if arguments.dry_run:
+            from dispersion_pretrain.assembly import Plan
+
+            plan = Plan.make(settings, arguments.ranks or int(os.environ.get("WORLD_SIZE", "1")))
+            if is_first:
+                print(plan.describe(settings))
+            return 0
+        from dispersion_pretrain.train import run
+
+        return run(settings, resume=arguments.resume)
+    except (ValueError, RuntimeError) as error:
+        if not _is_ours(error):
+            raise
+        rank = os.environ.get("RANK", "0")
+        print(f"error (rank {rank}): {error}" if not is_first else f"error: {error}", file=sys.stderr, flush=True)
+        return 1
+
+
+if __name__ == "__main__":
+    # No destructors: after an error on one rank they would wait for collectives that the others never enter.
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

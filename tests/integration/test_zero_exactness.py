@@ -1,0 +1,155 @@
+"""The whole train step through DeepSpeed against one process without it: loss, gradients and update."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from spawn import run_ranks
+from torch import Tensor
+
+from dispersion_pretrain import distributed
+from dispersion_pretrain.config import BatchLayout, Settings, parse_settings
+from dispersion_pretrain.data import Batch
+from dispersion_pretrain.engine import DeepSpeedEngine, start_distributed
+from dispersion_pretrain.metrics import StepTotals
+from dispersion_pretrain.model import build_model, model_config
+from dispersion_pretrain.objective import DispersionTerm, StepContext, TrainingModule
+from dispersion_pretrain.optim import parameter_groups
+from dispersion_pretrain.train import train_step
+
+SEQUENCES, LENGTH, VOCABULARY, STEPS = 16, 32, 101, 3
+COEFFICIENT = 3.0  # large: the dispersion term weighs as much as cross-entropy in the gradient
+
+
+def settings_for(stage: int, accumulation: int, world_size: int) -> Settings:
+    model = {"model_type": "gpt2", "n_layer": 3, "n_embd": 32, "n_head": 2, "n_positions": LENGTH}
+    no_dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "bos_token_id": None, "eos_token_id": None}
+    tree = {
+        "model": {"config": {**model, **no_dropout}},
+        "data": {"corpus": "none", "sequence_length": LENGTH},
+        "training": {
+            "global_batch_tokens": SEQUENCES * LENGTH,
+            "max_tokens": STEPS * SEQUENCES * LENGTH,
+            "micro_batch": SEQUENCES // world_size // accumulation,
+        },
+        "optimizer": {"learning_rate": 1e-3, "gradient_clipping": 0.5},
+        "dispersion": {"coefficient": COEFFICIENT, "pool_sequences": 4, "tokens_per_sequence": 8},
+        "zero": {"stage": stage},
+    }
+    return parse_settings(tree, "test")
+
+
+def build_module(settings: Settings, layout: BatchLayout) -> TrainingModule:
+    assert settings.dispersion is not None
+    distributed.seed_everything(0)
+    config = model_config(settings.model, vocabulary=VOCABULARY, sequence_length=LENGTH)
+    term = DispersionTerm(
+        settings.dispersion,
+        layers=[1, 2, 3],
+        seed=0,
+        pools_per_rank=layout.pools_per_rank,
+        pool_group=distributed.pool_groups(layout.pool_ranks),
+    )
+    return TrainingModule(build_model(settings.model, config), term)
+
+
+def micro_batches(step: int, layout: BatchLayout, rank: int) -> list[Batch]:
+    """This rank's share of the step's samples, dealt as data.BatchStream deals them."""
+    samples = torch.randint(0, VOCABULARY, (SEQUENCES, LENGTH), generator=torch.Generator().manual_seed(step))
+    size = layout.micro_batch
+    batches = []
+    for micro_step in range(layout.accumulation):
+        first = (micro_step * layout.world_size + rank) * size
+        index = torch.arange(first, first + size)
+        batches.append(Batch(samples[index], index + step * SEQUENCES, torch.ones(size, dtype=torch.bool)))
+    return batches
+
+
+def context_for(step: int, layout: BatchLayout) -> StepContext:
+    return StepContext(step, SEQUENCES * (LENGTH - 1), layout.world_size * layout.accumulation, COEFFICIENT)
+
+
+def reference() -> dict[str, Any]:
+    """One process, plain torch: the whole global batch in one micro-batch."""
+    settings = settings_for(0, 1, 1)
+    layout = BatchLayout.derive(settings, 1)
+    module = build_module(settings, layout)
+    optimizer = torch.optim.AdamW(parameter_groups(module, settings.optimizer), lr=1e-3, betas=(0.9, 0.95), eps=1e-8)
+    losses, norms, gradients = [], [], {}
+    for step in range(STEPS):
+        (batch,) = micro_batches(step, layout, 0)
+        terms = module(batch.input_ids, batch.sample_index, context_for(step, layout))
+        terms.total.backward()
+        if step == 0:
+            gradients = {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
+        norms.append(float(torch.nn.utils.clip_grad_norm_(module.parameters(), 0.5)))
+        losses.append((float(terms.cross_entropy), float(terms.dispersion)))
+        optimizer.step()
+        optimizer.zero_grad()
+    return {"losses": losses, "norms": norms, "gradients": gradients}
+
+
+class WatchingEngine(DeepSpeedEngine):
+    """Keeps the full gradients of the first step, as ZeRO holds them before the update."""
+
+    gradients: dict[str, Tensor]
+
+    def step(self) -> None:
+        from deepspeed.utils import safe_get_full_grad
+
+        if not hasattr(self, "gradients") and self._engine.is_gradient_accumulation_boundary():
+            named = list(self.module.named_parameters())
+            self.gradients = {name: safe_get_full_grad(parameter).clone() for name, parameter in named}
+        super().step()
+
+
+def through_deepspeed(stages: list[int], accumulations: list[int]) -> dict[tuple[int, int], dict[str, Any]]:
+    """Every combination in one pair of processes: starting them takes longer than the steps."""
+    device = start_distributed()
+    found = {}
+    for stage in stages:
+        for accumulation in accumulations:
+            settings = settings_for(stage, accumulation, distributed.world_size())
+            layout = BatchLayout.derive(settings, distributed.world_size())
+            assert layout.accumulation == accumulation
+            engine = WatchingEngine(build_module(settings, layout), settings, layout)
+            losses, norms, totals = [], [], StepTotals()
+            for step in range(STEPS):
+                batches = iter(micro_batches(step, layout, distributed.rank()))
+                train_step(engine, batches, context_for(step, layout), totals, device)
+                means = totals.reduce()
+                losses.append((means["cross_entropy"], means["dispersion"]))
+                norms.append(engine.gradient_norm())
+            found[stage, accumulation] = {"losses": losses, "norms": norms, "gradients": engine.gradients}
+    return found
+
+
+def relative(value: Tensor, expected: Tensor) -> float:
+    return float((value.double() - expected.double()).norm() / expected.double().norm())
+
+
+@pytest.fixture(scope="module")
+def expected() -> dict[str, Any]:
+    return reference()
+
+
+@pytest.fixture(scope="module")
+def found_by_rank() -> list[dict[tuple[int, int], dict[str, Any]]]:
+    return run_ranks(through_deepspeed, 2, [0, 1, 2, 3], [1, 4], timeout_s=280)
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_train_step_equals_one_process(
+    stage: int, accumulation: int, expected: dict[str, Any], found_by_rank: list[dict[tuple[int, int], dict[str, Any]]]
+) -> None:
+    for rank, all_found in enumerate(found_by_rank):
+        found = all_found[stage, accumulation]
+        assert found["gradients"].keys() == expected["gradients"].keys()
+        together = torch.cat([found["gradients"][name].flatten() for name in expected["gradients"]])
+        wanted = torch.cat([gradient.flatten() for gradient in expected["gradients"].values()])
+        assert relative(together, wanted) < 1e-5, f"rank {rank}: gradient length {together.norm() / wanted.norm():.4f}"
+        torch.testing.assert_close(torch.tensor(found["losses"]), torch.tensor(expected["losses"]), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(torch.tensor(found["norms"]), torch.tensor(expected["norms"]), rtol=1e-5, atol=0)

@@ -371,7 +371,7 @@ def resolve(run_folder: Path | str, resume: str | Path) -> tuple[CheckpointInfo 
             reasons = "\n".join(skipped)
             raise RuntimeError(
                 f"{folder}: no checkpoint is whole.\n{reasons}\n"
-                "Restore one from a copy, or start at step 0 with --resume none."
+                "Restore one from a copy, or start at step 0 in a new run folder (run.name)."
             )
         return info, skipped
     path = Path(resume).absolute()

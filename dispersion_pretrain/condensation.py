@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 NUM_BINS = 128  # of the histogram over [-1, 1]
 MAX_DENSITY = 10.0  # upper end of the heatmap's colour scale
-HEATMAP_COLORS = "magma"
+HEATMAP_COLORS = ("#ffffff", "#fde3cf", "#f6a878", "#e2604f", "#ad2750", "#5a1246")  # of density 0 ... MAX_DENSITY
 _CHUNK_BYTES = 64 * 2**20  # float32 cosines held at once, besides the sums
 
 
@@ -225,7 +225,8 @@ class CosineAccumulator:
             if states.ndim != 3 or states.shape[:2] != (batch, self.sequence_length):
                 raise ValueError(
                     f"hidden state {layer}: shape {tuple(states.shape)}. ({batch}, {self.sequence_length}, dim) is "
-                    "needed: all texts have the same number of tokens, for their matrices are averaged elementwise. Cut them to equal length."
+                    "needed: all texts have the same number of tokens, for their matrices are averaged elementwise. "
+                    "Cut them to equal length."
                 )
         if valid is not None and valid.shape != (batch,):
             raise ValueError(
@@ -274,13 +275,15 @@ def causal_lm_forward(model: PreTrainedModel) -> Callable[[Tensor], Sequence[Ten
 
 def plot_heatmap(condensation: Condensation, axes: Axes, title: str = "") -> AxesImage:
     """Draw the density of cosines (colour, 0 ... 10) over layer fraction (x) and cosine (y); returns the image."""
+    from matplotlib.colors import LinearSegmentedColormap
+
     half_cell = 0.5 / (len(condensation.mean_cosine) - 1)
     image = axes.imshow(
         condensation.histogram.T,
         aspect="auto",
         origin="lower",
         interpolation="nearest",
-        cmap=HEATMAP_COLORS,
+        cmap=LinearSegmentedColormap.from_list("density", HEATMAP_COLORS),
         vmin=0.0,
         vmax=MAX_DENSITY,
         extent=(-half_cell, 1 + half_cell, -1.0, 1.0),  # a column is centred on its layer's fraction

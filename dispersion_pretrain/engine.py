@@ -53,6 +53,9 @@ def start_distributed() -> torch.device:
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
+    # DeepSpeed would compile a shared-memory all-reduce at its first start on CPUs (a minute, and a kill meanwhile leaves
+    # a lock that every later start waits for). Only its inference engine calls it.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(verbose=False)
     return device
 

@@ -239,7 +239,7 @@ def _checked(folder: Path, source: RunCheckpoint, precision: Precision) -> float
     if not difference <= bound:  # also when it is not a number
         shutil.rmtree(folder)
         raise RuntimeError(
-            f"{source.info.path}: the exported model's logits differ from the run's by {difference:.2e} of the largest. "
+            f"{source.info.path}: the export's logits differ from the run's by {difference:.2e} of the largest. "
             f"At most {bound:.0e} is allowed for {coarse}. The export was removed. Export with the versions of "
             "transformers and torch that trained it (manifest.json names them)."
         )

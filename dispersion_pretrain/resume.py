@@ -68,10 +68,10 @@ def save_run(parts: RunParts, step: int) -> float:
             "data_order": parts.order.fingerprint(),
         },
     )
-    if distributed.is_main():
-        pending = pending_evaluations(settings.run_folder)
-        checkpoint.retain(settings.run_folder, settings.checkpoint.keep_last, pending, verified_step=step)
-    distributed.barrier()
+    with distributed.failing_together(f"{settings.run_folder}: cannot look after older checkpoints"):
+        if distributed.is_main():
+            pending = pending_evaluations(settings.run_folder)
+            checkpoint.retain(settings.run_folder, settings.checkpoint.keep_last, pending, verified_step=step)
     return time.monotonic() - started
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub.constants
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from transformers import AutoTokenizer
@@ -112,7 +113,7 @@ def load_tasks(tasks: list[SuiteTask], text: Text) -> tuple[dict[str, list[Any]]
         _use_cache_without_hub()
     from lm_eval.tasks import TaskManager
 
-    logging.getLogger("lm_eval").setLevel(logging.WARNING)
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its warnings are about our way of calling it
     manager = TaskManager(include_defaults=from_hub)
     loaded: dict[str, list[Any]] = {}
     errors: dict[str, str] = {}
@@ -182,14 +183,14 @@ def _text_task(task: SuiteTask, text: Text) -> dict[str, Any]:
 
 def _use_cache_without_hub() -> None:
     """Where the hub does not answer, look into the local cache at once, instead of 23 s of retries for each task."""
+    if huggingface_hub.constants.HF_HUB_OFFLINE:
+        return
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
     try:
         urllib.request.urlopen(urllib.request.Request(endpoint, method="HEAD"), timeout=5).close()
     except urllib.error.HTTPError:
         return  # it answers, though not to this
     except OSError:
-        import huggingface_hub.constants
-
         os.environ["HF_HUB_OFFLINE"] = "1"  # read when `datasets` is imported
         huggingface_hub.constants.HF_HUB_OFFLINE = True
 
@@ -207,11 +208,13 @@ def run_task(lm: Any, task: SuiteTask, objects: list[Any], limit: int | None) ->
         ValueError: lm-eval does not give such a metric.
     """
     from lm_eval.evaluator import simple_evaluate
+    from lm_eval.tasks import TaskManager
 
     bounds = [bound for bound in (task.limit, limit) if bound is not None]
     output: Any = simple_evaluate(
         model=lm,
         tasks=objects,
+        task_manager=TaskManager(include_defaults=False),  # the default one reads 14,000 files each time
         num_fewshot=task.num_fewshot,
         limit=min(bounds) if bounds else None,
         log_samples=False,

@@ -38,7 +38,7 @@ def write_config(folder: Path, corpus: Path, **sections: dict[str, Any] | None) 
         "model": {"config": TINY_MODEL},
         "data": {"corpus": str(corpus), "sequence_length": 64},
         "training": {"global_batch_tokens": 512, "max_tokens": 12 * 512, "micro_batch": 2},
-        "optimizer": {"learning_rate": 1e-3},
+        "optimizer": {"learning_rate": 5e-3},
         "dispersion": {"coefficient": 0.1, "pool_sequences": 4, "tokens_per_sequence": 16},
         "validation": {"every_steps": 6, "sequences": 8},
         "checkpoint": {"every_steps": 4, "keep_last": 2},

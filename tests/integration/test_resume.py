@@ -60,7 +60,8 @@ def test_sigkill_in_the_middle_of_a_save(undisturbed: Path, corpus: Path, tmp_pa
 
 
 def test_sigterm_saves_and_asks_to_be_started_again(corpus: Path, tmp_path: Path) -> None:
-    config, run = write_config(tmp_path, corpus, checkpoint={"every_steps": 1000}), tmp_path / "run"
+    run = tmp_path / "run"
+    config = write_config(tmp_path, corpus, checkpoint={"every_steps": 1000}, training={"micro_batch": 4})
     job = Job(pretrain_command(config, ranks=1, launcher="python"), tmp_path / "log")
     job.wait_for(lambda: any("loss/total" in record for record in records(run)))
     psutil.Process(job.process.pid).send_signal(signal.SIGTERM)
@@ -79,6 +80,6 @@ def test_resume_of_another_run_is_refused(undisturbed: Path, corpus: Path, tmp_p
     other = [f"run.folder={undisturbed}", "run.seed=4"]
     output = finish(pretrain_command(config, *other, launcher="torchrun"), tmp_path / "log", expected=1)
     assert "run.seed was 3 and is 4" in output
-    refused = [f"run.folder={undisturbed}", "--resume", "none"]
+    refused = [f"run.folder={undisturbed}", "training.micro_batch=4", "--resume", "none"]
     output = finish(pretrain_command(config, *refused, ranks=1, launcher="python"), tmp_path / "log2", expected=1)
     assert "has checkpoints" in output

@@ -1,0 +1,80 @@
+# `make help` lists the targets. PYTHON names the interpreter that makes .venv (3.11 or newer).
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+PYTHON ?= python3
+VENV := .venv
+STAMP := $(VENV)/.installed
+CORPUS := data/python-docs
+
+# For ninja, which DeepSpeed calls by name to build its operators, and for `python` in the recipes.
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+# Operators are built once for this checkout. A build that was killed leaves a lock for which every later start would
+# wait forever; a lock that is there when a recipe begins is such a one.
+export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(VENV)/torch_extensions
+CLEAR_LOCKS = @mkdir -p "$$TORCH_EXTENSIONS_DIR" && find "$$TORCH_EXTENSIONS_DIR" -name lock -delete
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help setup corpus demo test lint bench clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+setup: $(STAMP) ## make .venv and install the package, its pinned dependencies and the development tools
+
+# torch first, and with its pin: DeepSpeed is built from source against the torch that is there, and torchvision would
+# else bring a newer one. DS_BUILD_OPS=0: operators are built where they are first used, on the machine that runs them.
+$(STAMP): pyproject.toml constraints.txt
+	@$(VENV)/bin/python -m pip --version > /dev/null 2>&1 || rm -rf $(VENV) # none yet, or its making was cut short
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo 'PYTHON: $(PYTHON) is not there or older than 3.11. Use make setup PYTHON=python3.12, say.' >&2; exit 1; }
+	test -d $(VENV) || "$(PYTHON)" -m venv $(VENV)
+	python -m pip install --quiet -c constraints.txt torch numpy
+	python -m pip install --quiet -c constraints.txt setuptools wheel packaging ninja psutil py-cpuinfo
+	DS_BUILD_OPS=0 python -m pip install --quiet -c constraints.txt --no-build-isolation deepspeed
+	python -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[dev]'
+	@touch $@
+
+corpus: $(CORPUS)/corpus.json ## tokenize the documentation that Python carries into data/python-docs
+
+$(CORPUS)/corpus.json: | $(STAMP)
+	python data_prep/tokenize_to_mds.py --source python-docs --tokenizer train:8192 --seq-len 256 --out $(CORPUS)
+
+# Two processes: one per GPU where there are GPUs, or one if there is only one. OMP_NUM_THREADS: each process would else
+# start a thread for every core, and they would push each other off the cores. A free port for each launch, so that two
+# demos on one machine do not meet. The evaluation jobs that training started run beside it: asking for their results
+# waits for them.
+demo: corpus ## train a small model without and with the dispersion loss; ends with a page that compares them
+	$(CLEAR_LOCKS)
+	@read -r processes threads < <(python -c 'import os, torch; n = min(torch.cuda.device_count(), 2) or 2; \
+		print(n, max(1, len(os.sched_getaffinity(0)) // n))'); \
+	for run in demo_baseline demo; do \
+		port=$$(python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])'); \
+		OMP_NUM_THREADS=$$threads deepspeed --num_gpus $$processes --master_port $$port \
+			launch/pretrain.py --config configs/$$run.yaml; \
+	done
+	@for run in demo_baseline demo; do \
+		python launch/evaluate_checkpoint.py --model runs/$$run --suite configs/eval/offline.yaml; \
+	done
+	@python launch/report.py runs/demo_baseline runs/demo --out "$$PWD/runs/demo/report.html"
+
+test: setup ## all tests that need neither a GPU nor a cluster
+	$(CLEAR_LOCKS)
+	python -m pytest
+
+lint: setup ## ruff, mypy, and the linters of shell scripts and of the Dockerfile
+	ruff check .
+	ruff format --check .
+	mypy
+	shellcheck .ci/run
+	hadolint docker/Dockerfile
+
+bench: setup ## print the tables of tests/benchmarks (minutes; no result passes or fails)
+	$(CLEAR_LOCKS)
+	@for benchmark in tests/benchmarks/*.py; do echo "== $$benchmark"; python "$$benchmark"; done
+
+clean: ## remove .venv and all caches; data/ and runs/ stay
+	rm -rf $(VENV) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . \( -path ./data -o -path ./runs -o -path ./.git \) -prune -o -type d \( -name __pycache__ -o -name '*.egg-info' \) -prune -exec rm -rf {} +

@@ -1,0 +1,59 @@
+#!/usr/bin/env python3
+"""Evaluate one checkpoint or model with a suite of lm-eval tasks.
+
+python launch/evaluate_checkpoint.py --model runs/demo@100 --suite configs/eval/offline.yaml
+python launch/evaluate_checkpoint.py --model FOLDER_OR_HUB_NAME --suite configs/eval/paper.yaml --out results
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+
+from dispersion_pretrain.evaluate import Options, evaluate_model
+from dispersion_pretrain.suites import format_table
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Evaluate and print a table; 1 if a task or the whole failed, with one line of explanation each."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--model", required=True, help="RUN, RUN@STEP, Hugging Face folder or name on the hub")
+    parser.add_argument("--suite", required=True, help="configs/eval/paper.yaml, configs/eval/offline.yaml or your own")
+    parser.add_argument("--out", type=Path, help="folder; default for a run: RUN/evaluations/SUITE/step-XXXXXXXX")
+    parser.add_argument("--corpus", help="held-out text of the offline suite; default: the run's own corpus")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1; default: CUDA where there is one")
+    parser.add_argument("--batch-size", type=_batch_size, default=8, help="a number, or auto; default 8")
+    parser.add_argument("--limit", type=_positive, help="examples a task, where the suite has more")
+    parser.add_argument("--keep-export", action="store_true", help="keep the Hugging Face folder OUT/model of a run")
+    parser.add_argument("--force", action="store_true", help="repeat what was evaluated before")
+    options = vars(parser.parse_args(arguments))
+    model, suite, out = options.pop("model"), options.pop("suite"), options.pop("out")
+    logging.basicConfig(format="%(levelname)s %(message)s")
+    try:
+        results = evaluate_model(model, suite, out, Options(**options))
+    except (ValueError, RuntimeError, OSError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    print(format_table(results))
+    for message in results["errors"].values():
+        print(message, file=sys.stderr)
+    return 1 if results["errors"] else 0
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not allowed. 1 or more is. Raise it.")
+    return number
+
+
+def _batch_size(text: str) -> int | str:
+    return text if text == "auto" else _positive(text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

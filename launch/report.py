@@ -1,0 +1,35 @@
+#!/usr/bin/env python3
+"""Show one or more runs on one HTML page that opens offline.
+
+python launch/report.py runs/demo_baseline runs/demo --out report.html [--figures FOLDER]
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from dispersion_pretrain.report import write_report
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Write the page and print its path; 1 with one line of explanation when a folder is no run."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder; the first without dispersion is the reference")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="page to write")
+    parser.add_argument("--figures", type=Path, metavar="FOLDER", help="write each figure as a PNG file there, too")
+    options = parser.parse_args(arguments)
+    try:
+        page = write_report(options.runs, options.out, options.figures)
+    except (ValueError, OSError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    print(page)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,28 @@
+"""What holds for every test: no network, quiet threads, folders that are markers."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import hypothesis
+import pytest
+
+# Set before torch, transformers or matplotlib is imported; processes that a test starts inherit them.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("MPLBACKEND", "Agg")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+
+# Shared machines stall: no deadline. The same examples every time: a red run can be repeated.
+hypothesis.settings.register_profile("project", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("project")
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest applies -m
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Give the tests under gpu/ and cluster/ their marker, by which a plain run leaves them out."""
+    for item in items:
+        for folder in {"gpu", "cluster"} & set(Path(item.path).relative_to(Path(__file__).parent).parts):
+            item.add_marker(folder)

@@ -1,0 +1,64 @@
+"""README's commands work as they stand there; long runs are cut short by overrides, nothing else is changed."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from integration.jobs import ROOT, environment, free_port
+
+# Run by others: make test is this very run, make demo and the container take minutes.
+ELSEWHERE = ("make", "docker", "tensorboard")
+SHORT = [
+    "training.max_tokens=16384", "schedule.warmup_tokens=0", "checkpoint.every_steps=4", "evaluation.every=null",
+    "validation.sequences=4", "condensation.num_texts=2",
+]  # fmt: skip
+# All of these start the same small run in one folder; they would differ in the number of processes.
+RUN_FOLDERS = {"deepspeed": "runs/demo", "torchrun": "runs/by_torchrun"}
+
+
+def commands() -> list[str]:
+    """Every line of a bash block, then every command in a table, comments cut off."""
+    text = (ROOT / "README.md").read_text()
+    lines = [line for block in re.findall(r"```bash\n(.*?)```", text, re.S) for line in block.splitlines()]
+    cells = re.findall(r"`((?:python|docker|deepspeed|torchrun|tensorboard) [^`]+)`", re.sub(r"```.*?```", "", text, flags=re.S))
+    return [" ".join(shlex.split(line, comments=True)) for line in lines + cells if line.strip()]
+
+
+def test_commands_are_found() -> None:
+    found = commands()
+    assert len(found) >= 12
+    for start in ("make demo", "deepspeed launch/pretrain.py", "python launch/export_hf.py", "python launch/report.py"):
+        assert any(command.startswith(start) for command in found), start
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_commands_run(tmp_path: Path) -> None:
+    project = tmp_path / "project"
+    for name in ("launch", "configs", "data_prep", "dispersion_pretrain"):
+        shutil.copytree(ROOT / name, project / name, ignore=shutil.ignore_patterns("__pycache__"))
+    binaries = Path(sys.executable).parent
+    variables = {**environment(), "PATH": f"{binaries}:{environment()['PATH']}", "PYTHONPATH": str(project)}
+    ordered = sorted(commands(), key=lambda command: "demo_baseline" in command)  # the comparison comes after the runs
+    baseline = f"torchrun --nproc_per_node 1 launch/pretrain.py --config configs/demo_baseline.yaml run.folder=runs/demo_baseline"
+    for command in [*ordered[:1], *ordered[1:-1], baseline, *ordered[-1:]]:
+        words = shlex.split(command)
+        if words[0] in ELSEWHERE:
+            continue
+        if words[0] in RUN_FOLDERS and "--dry-run" not in words and "--print-config" not in words:
+            words += SHORT
+            if not any(word.startswith("run.") for word in words):
+                words.append(f"run.folder={RUN_FOLDERS[words[0]]}")
+        if words[0] == "torchrun":
+            words[1:1] = ["--master_port", str(free_port())]
+        if words[0] == "deepspeed":
+            words[1:1] = ["--master_port", str(free_port())]
+        done = subprocess.run(words, cwd=project, env=variables, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, f"{shlex.join(words)}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"

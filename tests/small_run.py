@@ -1,0 +1,164 @@
+"""A run folder with a corpus, a tokenizer and checkpoints of a tiny model, without training."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+from pathlib import Path
+from types import ModuleType
+
+import dispersion_pretrain  # noqa: F401  (before streaming, which imports torchvision)
+
+# isort: split
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from streaming import MDSWriter
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+from dispersion_pretrain import checkpoint
+from dispersion_pretrain.config import Settings, dump_settings, parse_settings
+from dispersion_pretrain.objective import TrainingModule
+
+VOCABULARY = 300
+SEQUENCE_LENGTH = 32
+TEXTS = [
+    "The quick brown fox jumps over the lazy dog. " * 4,
+    "[1, 2]",
+    "Größe und Maß: 5 €.\nA second line, with  two spaces.\n",
+    "Sphinx of black quartz, judge my vow! " * 3 + "End of it.",
+]
+
+
+def write_corpus(folder: Path, texts: list[str] | None = None) -> Path:
+    """Write both splits of `texts` in the form that data_prep writes, with a byte-level tokenizer trained on them."""
+    texts = TEXTS if texts is None else texts
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    end = "<|endoftext|>"
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=end, eos_token=end).save_pretrained(
+        folder / "tokenizer"
+    )
+    stream = [token for text in texts for token in [*tokenizer.encode(text).ids, 0]]
+    stream += [0] * (-len(stream) % SEQUENCE_LENGTH)
+    sequences = np.array(stream, np.uint16).reshape(-1, SEQUENCE_LENGTH)
+    splits = {}
+    for split in ("train", "validation"):
+        columns = {"tokens": f"ndarray:uint16:{SEQUENCE_LENGTH}"}
+        with MDSWriter(out=str(folder / split), columns=columns, hashes=["sha256"]) as shards:
+            for sequence in sequences:
+                shards.write({"tokens": sequence})
+        splits[split] = {
+            "documents": len(texts),
+            "sequences": len(sequences),
+            "tokens": sequences.size,
+            "dropped_tokens": 0,
+            "bytes": sum(len(text.encode()) for text in texts),
+            "index_sha256": _sha256(folder / split / "index.json"),
+        }
+    manifest = {
+        "format_version": 1,
+        "source": {"name": "test"},
+        "sequence_length": SEQUENCE_LENGTH,
+        "token_dtype": "uint16",
+        "vocab_size": VOCABULARY,
+        "eos_token_id": 0,
+        "tokenizer": {
+            "name": "train",
+            "folder": "tokenizer",
+            "sha256": _sha256(folder / "tokenizer" / "tokenizer.json"),
+            "files": {path.name: _sha256(path) for path in (folder / "tokenizer").iterdir()},
+        },
+        "splits": splits,
+    }
+    (folder / "corpus.json").write_text(json.dumps(manifest))
+    return folder
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def small_settings(corpus: Path, *, precision: str = "float32") -> Settings:
+    """Settings of a tiny GPT2 with more positions than its training uses, saved at ZeRO stage 0."""
+    fields = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 2 * SEQUENCE_LENGTH, "vocab_size": VOCABULARY}
+    tree = {
+        "model": {"config": {"model_type": "gpt2", **fields}, "precision": precision},
+        "data": {"corpus": str(corpus), "sequence_length": SEQUENCE_LENGTH},
+        "training": {"global_batch_tokens": SEQUENCE_LENGTH, "max_tokens": 100 * SEQUENCE_LENGTH},
+        "zero": {"stage": 0},
+    }
+    return parse_settings(tree, "test")
+
+
+def small_model(settings: Settings, seed: int) -> PreTrainedModel:
+    """Build the model of `settings` with weights so large that its predictions differ much from each other."""
+    assert settings.model.config is not None
+    fields = dict(settings.model.config)
+    config = AutoConfig.for_model(fields.pop("model_type"), **fields)
+    torch.manual_seed(seed)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.3)
+    return model
+
+
+def write_run(folder: Path, settings: Settings, tokenizer: Path, steps: tuple[int, ...] = (10,)) -> Path:
+    """Write a run folder whose checkpoint of step n holds `small_model(settings, seed=n)`, as training writes it."""
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(dump_settings(settings))
+    (folder / "tokenizer").symlink_to(tokenizer, target_is_directory=True)
+    for step in steps:
+        save_step(folder, settings, step, small_model(settings, seed=step))
+    return folder
+
+
+def save_step(folder: Path, settings: Settings, step: int, model: PreTrainedModel) -> Path:
+    """Commit a checkpoint with weights, model config and reference logits."""
+    staging = checkpoint.staging_folder(folder, step)
+    running = model.to(torch.bfloat16) if settings.model.precision == "bf16" else model
+    input_ids = torch.arange(16)[None] * 7 % VOCABULARY
+    with torch.no_grad():
+        logits = running(input_ids=input_ids).logits.float()
+    (staging / "engine").mkdir()
+    torch.save(
+        {"module": TrainingModule(running, None).state_dict()}, staging / "engine" / "mp_rank_00_model_states.pt"
+    )
+    running.config.save_pretrained(staging / "model_config")
+    save_file({"input_ids": input_ids, "logits": logits}, staging / "reference.safetensors")
+    return checkpoint.commit(
+        staging,
+        step=step,
+        tokens=step * SEQUENCE_LENGTH,
+        samples=step,
+        world_size=1,
+        settings=settings.model_dump(mode="json"),
+        versions={},
+        extra={},
+    )
+
+
+def damage(path: Path) -> None:
+    """Flip the bits of one byte."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    path.write_bytes(content)
+
+
+def launch_script(name: str) -> ModuleType:
+    """Import a script of launch/, whose `main` takes arguments."""
+    path = Path(__file__).resolve().parents[1] / "launch" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

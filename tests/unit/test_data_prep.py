@@ -1,0 +1,368 @@
+"""The data job: sources, tokenizer, packing, and what the command leaves behind."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.machinery
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import _torchvision_guard  # noqa: F401  (before streaming)
+
+# isort: split
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from streaming.base.format import reader_from_json
+from transformers import AutoTokenizer
+
+import packing
+import sources
+import tokenize_to_mds
+import vocabulary
+
+DATA_PREP = Path(tokenize_to_mds.__file__).parent
+WORDS = "shard rank token batch layer step cosine angle pool sample text loss page order seed".split()
+
+
+@pytest.fixture(autouse=True)
+def processors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command sets these for its process: they must not outlive a test."""
+    monkeypatch.setenv("RAYON_NUM_THREADS", "1")
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
+
+
+def write_texts(folder: Path, documents: int = 60) -> list[str]:
+    folder.mkdir(parents=True)
+    random = np.random.default_rng(7)
+    texts = []
+    for number in range(documents):
+        text = f"Document {number}: " + " ".join(random.choice(WORDS, random.integers(20, 60))) + " – façade ☃\n"
+        (folder / f"{number:03}.txt").write_text(text, encoding="utf-8")
+        texts.append(text)
+    return texts
+
+
+def command(source: Path | str, out: Path, *more: str, tokenizer: str = "train:300", length: int = 16) -> list[str]:
+    arguments = ["--source", str(source), "--tokenizer", tokenizer, "--seq-len", str(length), "--out", str(out)]
+    return [*arguments, "--validation-share", "0.2", "--processes", "1", *more]
+
+
+def read_blocks(corpus: Path, split: str) -> np.ndarray[Any, np.dtype[Any]]:
+    index = json.loads((corpus / split / "index.json").read_text())
+    blocks = []
+    for shard in index["shards"]:
+        content = (corpus / split / shard["raw_data"]["basename"]).read_bytes()
+        assert hashlib.sha256(content).hexdigest() == shard["raw_data"]["hashes"]["sha256"]
+        reader = reader_from_json(str(corpus), split, shard)
+        blocks += [reader[row]["tokens"] for row in range(len(reader))]
+    return np.stack(blocks)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], Path]:
+    """The texts of a source, and the corpus that the command made of it."""
+    folder = tmp_path_factory.mktemp("made")
+    texts = write_texts(folder / "texts")
+    assert tokenize_to_mds.main(command(folder / "texts", folder / "corpus")) == 0
+    return texts, folder / "corpus"
+
+
+def test_blocks_hold_the_documents_in_order(made: tuple[list[str], Path]) -> None:
+    texts, corpus = made
+    described = json.loads((corpus / "corpus.json").read_text())
+    tokenizer = AutoTokenizer.from_pretrained(corpus / "tokenizer")
+    assert described["eos_token_id"] == tokenizer.eos_token_id == tokenizer.convert_tokens_to_ids("<|endoftext|>")
+    assert described["vocab_size"] == len(tokenizer) == 300
+    assert described["token_dtype"] == "uint16"
+    for split, in_validation in (("train", False), ("validation", True)):
+        entry = described["splits"][split]
+        expected = [text for text in texts if sources.is_validation(text, 0.2) is in_validation]
+        blocks = read_blocks(corpus, split)
+        assert blocks.dtype == np.uint16
+        assert blocks.shape == (entry["sequences"], 16)
+        whole = "".join(text + "<|endoftext|>" for text in expected)
+        tail = tokenizer.encode(whole, add_special_tokens=False)[blocks.size :]
+        assert tokenizer.decode([*blocks.reshape(-1).tolist(), *tail]) == whole
+        assert entry["dropped_tokens"] == len(tail) < 16
+        assert entry["tokens"] == blocks.size
+        assert entry["documents"] == len(expected) == whole.count("<|endoftext|>")
+        assert entry["bytes"] == sum(len(text.encode()) for text in expected)
+        index = (corpus / split / "index.json").read_bytes()
+        assert entry["index_sha256"] == hashlib.sha256(index).hexdigest()
+
+
+def test_tokenizer_never_saw_the_validation_split(made: tuple[list[str], Path]) -> None:
+    texts, corpus = made
+    vocabularies = []
+    for wanted in (texts, [text for text in texts if not sources.is_validation(text, 0.2)]):
+        vocabularies.append(vocabulary.train(iter(wanted), 300).get_vocab())
+    everything, train_only = vocabularies
+    assert AutoTokenizer.from_pretrained(corpus / "tokenizer").get_vocab() == train_only != everything
+
+
+def test_described_tokenizer_is_the_one_in_the_folder(made: tuple[list[str], Path]) -> None:
+    described = json.loads((made[1] / "corpus.json").read_text())["tokenizer"]
+    hashes = {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in (made[1] / described["folder"]).iterdir()
+    }
+    assert described["files"] == hashes
+    assert described["sha256"] == hashes["tokenizer.json"]
+
+
+def test_same_command_makes_the_same_bytes(made: tuple[list[str], Path], tmp_path: Path) -> None:
+    source = made[1].parent / "texts"
+    assert tokenize_to_mds.main(command(source, tmp_path / "again")) == 0
+    assert contents(tmp_path / "again") == contents(made[1])
+
+
+def test_same_command_again_finds_the_corpus(
+    made: tuple[list[str], Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tokenize_to_mds, "build", lambda *arguments: pytest.fail("made anew"))
+    assert tokenize_to_mds.main(command(made[1].parent / "texts", made[1])) == 0
+    assert "a whole corpus made with the same arguments is there" in capsys.readouterr().out
+
+
+def error_of(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """Run the command, expect exit code 2 and one line of error; return the line."""
+    try:
+        code: Any = tokenize_to_mds.main(arguments)
+    except SystemExit as stop:  # argparse
+        code = stop.code
+    lines = capsys.readouterr().err.splitlines()
+    assert code == 2
+    errors = [line for line in lines if not line.startswith(("tokenizing", "training"))]
+    assert len(errors) == 1 and errors[0].startswith("error: ")
+    return errors[0]
+
+
+def test_other_arguments_are_named(made: tuple[list[str], Path], capsys: pytest.CaptureFixture[str]) -> None:
+    before = contents(made[1])
+    message = error_of(command(made[1].parent / "texts", made[1], tokenizer="train:299", length=8), capsys)
+    assert "sequence_length is 16 there, 8 is asked for" in message
+    assert "tokenizer.name is 'train:300' there, 'train:299' is asked for" in message
+    assert "--overwrite" in message
+    assert "source" not in message and "share" not in message
+    assert contents(made[1]) == before
+
+
+def test_changed_source_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_texts(tmp_path / "texts")
+    arguments = command(tmp_path / "texts", tmp_path / "corpus")
+    assert tokenize_to_mds.main(arguments) == 0
+    capsys.readouterr()
+    (tmp_path / "texts" / "more.txt").write_text("one document more")
+    assert "source.files is 60 there, 61 is asked for" in error_of(arguments, capsys)
+    assert tokenize_to_mds.main([*arguments, "--overwrite"]) == 0
+    assert json.loads((tmp_path / "corpus" / "corpus.json").read_text())["source"]["files"] == 61
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["corpus", "texts"]
+
+
+@pytest.mark.parametrize(
+    "damaged", ["train/shard.00000.mds", "train/index.json", "tokenizer/tokenizer.json", "corpus.json"]
+)
+def test_damaged_corpus_is_not_taken_for_whole(
+    tmp_path: Path, damaged: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_texts(tmp_path / "texts")
+    arguments = command(tmp_path / "texts", tmp_path / "corpus")
+    assert tokenize_to_mds.main(arguments) == 0
+    capsys.readouterr()
+    if damaged.startswith("tokenizer"):
+        (tmp_path / "corpus" / damaged).unlink()
+    else:
+        os.truncate(tmp_path / "corpus" / damaged, 20)
+    message = error_of(arguments, capsys)
+    assert "damaged" in message and damaged in message
+
+
+def test_overwrite_never_removes_what_is_no_corpus(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_texts(tmp_path / "texts")
+    message = error_of(command(tmp_path / "texts", tmp_path / "texts", "--overwrite"), capsys)
+    assert "exists and is no corpus" in message
+    assert len(list((tmp_path / "texts").iterdir())) == 60
+
+
+def test_failure_leaves_nothing_behind(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_texts(tmp_path / "texts")
+    message = error_of(command(tmp_path / "texts", tmp_path / "corpus", length=100_000), capsys)
+    assert "--seq-len 100000: train has only" in message
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["texts"]
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"--source": "neverland"}, "--source neverland: neither a known source nor an existing path"),
+        ({"--source": "/neverland/*.txt"}, "no text file there"),
+        ({"--tokenizer": "train:256"}, "--tokenizer train:256: '256' is no vocabulary size.*At least 257"),
+        ({"--tokenizer": "train:many"}, "--tokenizer train:many"),
+        ({"--tokenizer": "train:50000"}, r"--tokenizer train:50000: the training text yields only \d+ tokens"),
+        ({"--tokenizer": "/neverland"}, "--tokenizer /neverland: cannot be loaded"),
+        ({"--seq-len": "1"}, "--seq-len 1: too short"),
+        ({"--seq-len": "long"}, "argument --seq-len: invalid int value: 'long'"),
+        ({"--validation-share": "0"}, "--validation-share 0.0: leaves a split empty"),
+        ({"--validation-share": "1e-9"}, "the validation split gets none of the source's 60 documents"),
+        ({"--processes": "0"}, "--processes 0"),
+    ],
+)
+def test_wrong_input_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], changed: dict[str, str], message: str
+) -> None:
+    write_texts(tmp_path / "texts")
+    arguments = command(tmp_path / "texts", tmp_path / "corpus")
+    for option, value in changed.items():
+        arguments[arguments.index(option) + 1] = value
+    assert re.search(message, error_of(arguments, capsys))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", b'{"text": "good"}\n{"text": 5}\n', "a.jsonl:2: no string under the key 'text'"),
+        ("a.jsonl", b'\n{"text": \n', "a.jsonl:2: not JSON"),
+        ("a.jsonl", b'{"text": "half \\ud800"}\n', "a.jsonl:1: half a surrogate pair"),
+        ("a.txt", b"caf\xe9", "a.txt: not UTF-8"),
+        ("a.txt", b" \n", "gets none of the source's 0 documents"),
+    ],
+)
+def test_wrong_text_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, content: bytes, message: str
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    assert message in error_of(command(tmp_path / name, tmp_path / "corpus"), capsys)
+
+
+def test_json_lines_and_patterns_are_sources(tmp_path: Path) -> None:
+    lines = [json.dumps({"text": f"text {number}", "other": 1}) for number in range(3)]
+    (tmp_path / "b.jsonl").write_text("\n".join(lines) + "\n\n")
+    (tmp_path / "a.md").write_text("# heading")
+    (tmp_path / "c.bin").write_text("not text")
+    expected = ["# heading", "text 0", "text 1", "text 2"]
+    source = sources.open_source(str(tmp_path))
+    assert list(source.documents()) == expected == list(source.documents())
+    assert list(sources.open_source(str(tmp_path / "*.jsonl")).documents()) == expected[1:]
+
+
+def test_python_docs_are_documentation_in_a_fixed_order() -> None:
+    source = sources.open_source("python-docs")
+    documents = list(source.documents())
+    assert list(source.documents()) == documents
+    module = next(text for text in documents if text.startswith("tempfile\n========\n\nTemporary files."))
+    assert "\n\nclass tempfile.TemporaryDirectory\n\nCreate and return a temporary directory." in module
+    assert "\n\ntempfile.mkstemp(suffix=None, prefix=None, dir=None, text=False)\n\nUser-callable function" in module
+    assert 2_000_000 < sum(len(text.encode()) for text in documents) < 5_000_000
+    assert not [text for text in documents if text.startswith(("test.", "pip.", "idlelib.idle_test"))]
+    assert all(text.strip() for text in documents)
+
+
+def test_text_cannot_forge_the_end_of_a_document() -> None:
+    tokenizer = vocabulary.train(iter(["some text " * 50]), 260)
+    text = "before <|endoftext|> after"
+    (ids,) = vocabulary.encode(tokenizer, [text])
+    assert tokenizer.eos_token_id not in ids
+    assert tokenizer.decode(ids) == text
+
+
+def test_existing_tokenizer_is_taken_as_it_is(made: tuple[list[str], Path], tmp_path: Path) -> None:
+    folder = made[1] / "tokenizer"
+    arguments = command(made[1].parent / "texts", tmp_path / "corpus", tokenizer=str(folder))
+    assert tokenize_to_mds.main(arguments) == 0
+    for split in ("train", "validation"):
+        np.testing.assert_array_equal(read_blocks(tmp_path / "corpus", split), read_blocks(made[1], split))
+
+
+def test_end_of_document_token_is_needed(
+    made: tuple[list[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(made[1] / "tokenizer")
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    arguments = command(made[1].parent / "texts", tmp_path / "corpus", tokenizer=str(tmp_path / "tokenizer"))
+    assert "has no end-of-document token" in error_of(arguments, capsys)
+
+
+@given(
+    documents=st.lists(st.lists(st.integers(1, 70_000), max_size=40), max_size=12),
+    length=st.integers(1, 17),
+)
+def test_blocks_are_the_documents_without_the_tail(documents: list[list[int]], length: int) -> None:
+    packer = packing.BlockPacker(length, "uint32")
+    blocks = [block for document in documents for block in packer.add(document)]
+    whole = [token for document in documents for token in document]
+    assert [token for block in blocks for token in block.tolist()] == whole[: len(blocks) * length]
+    assert all(len(block) == length for block in blocks)
+    assert packer.rest_tokens == len(whole) - len(blocks) * length < length
+
+
+@pytest.mark.parametrize(("vocab_size", "dtype"), [(2**16, "uint16"), (2**16 + 1, "uint32")])
+def test_tokens_take_the_smallest_type_that_holds_them(tmp_path: Path, vocab_size: int, dtype: str) -> None:
+    assert packing.token_dtype(vocab_size) == dtype
+    writer = packing.SplitWriter(tmp_path / "train", 4, dtype, shard_bytes=300)
+    ids = [(vocab_size - 1 - number) % vocab_size for number in range(99)]
+    writer.add("x", ids, 0)
+    entry = writer.finish()
+    blocks = read_blocks(tmp_path, "train")
+    assert blocks.dtype == dtype and len(list(tmp_path.rglob("*.mds"))) > 1
+    assert blocks.reshape(-1).tolist() == [*ids, 0]
+    assert (entry["sequences"], entry["dropped_tokens"]) == (25, 0)
+
+
+def run_script(arguments: list[str], cwd: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, str(DATA_PREP / "tokenize_to_mds.py"), *arguments],
+        cwd=cwd,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_kill_leaves_no_half_corpus_and_a_rerun_makes_a_whole_one(tmp_path: Path) -> None:
+    """The real command, from another folder, killed while it writes shards."""
+    write_texts(tmp_path / "texts", documents=4000)
+    arguments = command("texts", Path("deep/corpus"))
+    first = run_script(arguments, tmp_path)
+    partial = tmp_path / "deep" / ".corpus.partial"
+    deadline = time.monotonic() + 120
+    while not (partial / "train").exists() and time.monotonic() < deadline:
+        time.sleep(0.002)
+    os.kill(first.pid, signal.SIGSTOP)  # it is at work for as long as the second one needs
+    second = run_script(arguments, tmp_path)
+    _, refused = second.communicate(timeout=60)
+    os.kill(first.pid, signal.SIGKILL)
+    first.communicate(timeout=60)
+    assert first.returncode == -signal.SIGKILL
+    assert partial.exists()
+    assert not (tmp_path / "deep" / "corpus").exists()
+
+    again = run_script(arguments, tmp_path)
+    output, errors = again.communicate(timeout=120)
+    assert again.returncode == 0, errors
+    assert "train: " in output and "tokens/s" in errors
+    assert (tmp_path / "deep" / "corpus" / "corpus.json").exists()
+    assert not partial.exists()
+    assert second.returncode == 2 and "another run is making this corpus" in refused
+
+
+def test_no_file_shadows_a_library_or_imports_the_training_package() -> None:
+    """The folder of a script comes first on the path: data_prep/tokenize.py would break `import torch`."""
+    others = [place for place in sys.path if Path(place or ".").resolve() != DATA_PREP]
+    for file in DATA_PREP.glob("*.py"):
+        assert file.stem not in sys.stdlib_module_names
+        assert importlib.machinery.PathFinder.find_spec(file.stem, others) is None, file.stem
+        assert "dispersion_pretrain" not in file.read_text()

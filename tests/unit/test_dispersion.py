@@ -1,0 +1,113 @@
+"""The dispersion loss as its callers see it: known values, statistics, errors."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from dispersion_pretrain.dispersion import (
+    DispersionTerms,
+    dispersion_loss,
+    pooled_dispersion_loss,
+    set_dispersion,
+)
+
+
+def terms_of(embeddings: torch.Tensor, cosine_clamp: float = 0.1) -> DispersionTerms:
+    return set_dispersion(embeddings, temperature=1.0, cosine_clamp=cosine_clamp, norm_epsilon=0.0)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
+def test_orthogonal_vectors_are_half_a_turn_apart(temperature: float) -> None:
+    loss = dispersion_loss(torch.eye(5)[None], temperature=temperature)
+    assert loss.item() == pytest.approx(-0.5 / temperature, rel=1e-6)
+
+
+@pytest.mark.parametrize("clamp", [0.05, 0.1, 0.5])
+def test_the_value_saturates_at_the_clamp(clamp: float) -> None:
+    identical = torch.ones(1, 4, 3)
+    opposite = torch.tensor([[[1.0, 2.0], [-1.0, -2.0]]])
+    nearest = math.acos(1 - clamp) / math.pi
+    assert dispersion_loss(identical, cosine_clamp=clamp).item() == pytest.approx(-nearest, rel=1e-5)
+    assert dispersion_loss(opposite, cosine_clamp=clamp).item() == pytest.approx(-(1 - nearest), rel=1e-5)
+
+
+def test_condensed_sets_cost_more_than_spread_ones() -> None:
+    noise = torch.randn(1, 30, 16, generator=torch.Generator().manual_seed(0))
+    losses = [dispersion_loss(offset + noise).item() for offset in (0.0, 0.5, 1.0, 2.0)]
+    assert losses == sorted(losses)
+
+
+def test_norm_epsilon_shortens_vectors() -> None:
+    pair = torch.tensor([[[3.0, 4.0], [5.0, 0.0]]])  # both of norm 5, cosine 0.6
+    shortened = 0.6 * (5 / 6) ** 2
+    expected = -math.acos(shortened) / math.pi
+    assert dispersion_loss(pair, norm_epsilon=1.0).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_loss_is_the_mean_over_sets_and_terms_keep_them_apart() -> None:
+    sets = torch.randn(3, 6, 4, generator=torch.Generator().manual_seed(1))
+    each = torch.stack([dispersion_loss(one[None]) for one in sets])
+    assert torch.allclose(pooled_dispersion_loss(sets), each)
+    assert torch.allclose(terms_of(sets).loss, each)
+    assert dispersion_loss(sets).item() == pytest.approx(each.mean().item())
+    assert dispersion_loss(sets).shape == ()
+
+
+def test_mean_cosine_is_unclamped_and_leaves_the_diagonal_out() -> None:
+    sets = 1.0 + torch.randn(2, 9, 5, generator=torch.Generator().manual_seed(2))
+    unit = torch.nn.functional.normalize(sets, dim=-1)
+    cosine = unit @ unit.transpose(1, 2)
+    expected = torch.stack([one[~torch.eye(9, dtype=torch.bool)].mean() for one in cosine])
+    assert torch.allclose(terms_of(sets, cosine_clamp=0.9).mean_cosine, expected, rtol=1e-5)
+
+
+def test_clamped_share_counts_both_ends_and_leaves_the_diagonal_out() -> None:
+    x, y = [1.0, 0.0, 0.0], [0.0, 1.0, 0.0]
+    opposite = [-1.0, 0.0, 0.0]
+    sets = torch.tensor([[x, x, y, opposite], [x, y, [0.0, 0.0, 1.0], [1.0, 1.0, 0.0]]])
+    # first set: pairs x-x, and each x with the opposite: 3 of 6
+    assert terms_of(sets).clamped_share.tolist() == pytest.approx([0.5, 0.0])
+
+
+def test_only_the_loss_carries_a_gradient() -> None:
+    embeddings = torch.randn(2, 4, 3, requires_grad=True)
+    terms = terms_of(embeddings)
+    assert terms.loss.requires_grad
+    assert not terms.mean_cosine.requires_grad
+    assert not terms.clamped_share.requires_grad
+    assert not dispersion_loss(embeddings.detach()).requires_grad
+
+
+@pytest.mark.parametrize(
+    ("embeddings", "message"),
+    [
+        (torch.zeros(4, 3), r"shape \(4, 3\)"),
+        (torch.zeros(2, 4, 3, dtype=torch.int64), "int64"),
+        (torch.zeros(2, 1, 3), "a set of 1 embedding has no pair"),
+        (torch.zeros(2, 0, 3), "a set of 0 embedding has no pair"),
+    ],
+)
+def test_wrong_tensors_are_refused(embeddings: torch.Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=f"^embeddings: .*{message}"):
+        dispersion_loss(embeddings)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("temperature", 0.0),
+        ("temperature", -1.0),
+        ("temperature", math.nan),
+        ("cosine_clamp", -0.1),
+        ("cosine_clamp", 1.0),
+        ("cosine_clamp", math.nan),
+        ("norm_epsilon", -1e-3),
+        ("norm_epsilon", math.nan),
+    ],
+)
+def test_settings_out_of_range_are_refused(key: str, value: float) -> None:
+    with pytest.raises(ValueError, match=f"^{key}: {value} is not allowed"):
+        dispersion_loss(torch.ones(1, 3, 2), **{key: value})

@@ -1,0 +1,318 @@
+"""The batch script: quoted, checked by shellcheck, and run against stand-ins for Slurm's commands."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from dispersion_pretrain.config import load_settings
+from launch import submit_slurm
+from launch.submit_slurm import Cluster, render_script, sbatch_options
+
+NASTY = [
+    "$(touch x)", "`touch x`", "two words", "it's", 'say "x"', "new\nline", "a;touch x", "*",
+    "${HOME}", "back\\slash", "#c", "-rf", "é",
+]  # fmt: skip
+
+CONFIG = """
+run: {name: tiny-run}
+model: {config: {model_type: gpt2, n_layer: 2, n_embd: 64, n_head: 2}}
+data: {corpus: data/corpus, sequence_length: 256}
+training: {global_batch_tokens: 4096, max_tokens: 40960}
+"""
+
+# Leaves its arguments, NUL-separated, then runs what follows the options, as srun does for each task.
+FAKE_SRUN = """#!/bin/bash
+printf '%s\\0' "$@" > "$RECORD/srun"
+trap 'echo USR1 > "$RECORD/srun-signal"; got=1' USR1
+echo $$ > "$RECORD/srun-pid"
+while [ -e "$RECORD/hold" ] && [ -z "${got:-}" ]; do sleep 0.05; done
+[ -n "${got:-}" ] && sleep 0.2
+while [[ "$1" == --* ]]; do shift; done
+SLURM_PROCID=3 SLURM_LOCALID=1 "$@"
+exit "$SRUN_EXIT_CODE"
+"""
+FAKE_SCONTROL = """#!/bin/bash
+if [ "$1" = show ]; then printf 'host7\\nhost8\\n'; else printf '%s\\n' "$*" >> "$RECORD/scontrol"; fi
+"""
+FAKE_PYTHON = """#!/bin/bash
+printf '%s\\0' "$@" > "$RECORD/python"
+{ printf '%s\\0' "$RANK" "$LOCAL_RANK" "$WORLD_SIZE" "$LOCAL_WORLD_SIZE"
+  printf '%s\\0' "$MASTER_ADDR" "$MASTER_PORT" "$PWD"; } > "$RECORD/environment"
+"""
+
+
+def cluster(**changes: object) -> Cluster:
+    values: dict[str, object] = {
+        "nodes": 2, "gpus_per_node": 2, "ranks_per_node": 2, "cpus_per_task": 3,
+        "notice_s": 120, "max_requeues": 5, "named": {"job-name": "t"},
+    }  # fmt: skip
+    return Cluster(**(values | changes))  # type: ignore[arg-type]
+
+
+def executable(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    path.chmod(0o755)
+    return path
+
+
+class Job:
+    """A rendered script beside stand-ins for srun, scontrol and python that record how they were called."""
+
+    def __init__(self, folder: Path, name: str = "plain", **changes: object) -> None:
+        self.record = folder / "record"
+        self.record.mkdir()
+        self.working_folder = folder / name
+        self.working_folder.mkdir()
+        self.snapshot = self.working_folder / "config.yaml"
+        self.python = executable(folder / f"bin {name}" / "python", FAKE_PYTHON)
+        executable(folder / "slurm" / "srun", FAKE_SRUN)
+        executable(folder / "slurm" / "scontrol", FAKE_SCONTROL)
+        self.path = f"{folder / 'slurm'}:{os.environ['PATH']}"
+        self.script = folder / "job.sh"
+        text = render_script(
+            cluster(**changes), folder / "run", self.snapshot, name, str(self.python), self.working_folder
+        )
+        self.script.write_text(text, encoding="utf-8")
+
+    def start(self, srun_exit_code: int = 0, **extra: str) -> subprocess.Popen[str]:
+        environment = {
+            "PATH": self.path, "RECORD": str(self.record), "SRUN_EXIT_CODE": str(srun_exit_code),
+            "SLURM_JOB_ID": "12345", "SLURM_JOB_NODELIST": "host[7-8]", **extra,
+        }  # fmt: skip
+        return subprocess.Popen(
+            ["bash", str(self.script)],
+            env=environment,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            cwd=self.record,
+        )
+
+    def run(self, srun_exit_code: int = 0, **extra: str) -> tuple[int, str]:
+        process = self.start(srun_exit_code, **extra)
+        output, _ = process.communicate(timeout=20)
+        return process.returncode, output
+
+    def signalled(self, number: signal.Signals, srun_exit_code: int) -> tuple[int, str]:
+        (self.record / "hold").touch()
+        process = self.start(srun_exit_code)
+        deadline = time.monotonic() + 10
+        while not (self.record / "srun-pid").exists() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        time.sleep(0.2)  # srun runs before the script's traps are set, a moment later
+        process.send_signal(number)
+        output, _ = process.communicate(timeout=20)
+        return process.returncode, output
+
+    def recorded(self, name: str) -> list[str]:
+        return (self.record / name).read_text(encoding="utf-8").split("\0")[:-1]
+
+    @property
+    def requeues(self) -> list[str]:
+        path = self.record / "scontrol"
+        return path.read_text().splitlines() if path.exists() else []
+
+
+def shellcheck() -> str:
+    found = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    if found is None:
+        pytest.skip("shellcheck is not installed (the dev extra brings it)")
+    return found
+
+
+@pytest.mark.parametrize("name", NASTY)
+def test_script_is_clean_and_its_values_arrive_unchanged(tmp_path: Path, name: str) -> None:
+    job = Job(tmp_path, name)
+    checked = subprocess.run([shellcheck(), str(job.script)], capture_output=True, text=True, check=False)
+    assert checked.returncode == 0, checked.stdout
+
+    code, output = job.run()
+
+    assert code == 0, output
+    assert job.recorded("python") == [str(submit_slurm._PRETRAIN), "--config", str(job.snapshot)]
+    assert job.recorded("environment")[-1] == str(job.working_folder)
+    assert not list(tmp_path.rglob("x")), "a value was run as a command"
+
+
+def test_script_starts_one_task_per_rank_with_its_numbers(tmp_path: Path) -> None:
+    job = Job(tmp_path)
+    job.run()
+    assert job.recorded("environment")[:6] == ["3", "1", "4", "2", "host7", str(20000 + 12345 % 12000)]
+    assert {"--ntasks=4", "--ntasks-per-node=2", "--cpus-per-task=3", "--kill-on-bad-exit=0"} <= set(
+        job.recorded("srun")
+    )
+
+
+def test_script_clears_the_locks_of_killed_builds_and_keeps_what_was_built(tmp_path: Path) -> None:
+    lock = tmp_path / "run" / "slurm" / "torch_extensions" / "operator" / "lock"
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+    lock.with_name("operator.so").touch()
+    code, output = Job(tmp_path).run()
+    assert code == 0, output
+    assert [path.name for path in lock.parent.iterdir()] == ["operator.so"]
+
+
+@pytest.mark.parametrize(
+    ("exit_code", "restarts", "requeued"),
+    [(0, None, False), (1, None, False), (85, None, True), (85, "4", True), (85, "5", False)],
+)
+def test_only_ranks_that_ask_are_requeued_and_not_for_ever(
+    tmp_path: Path, exit_code: int, restarts: str | None, requeued: bool
+) -> None:
+    job = Job(tmp_path, max_requeues=5)
+    code, output = job.run(exit_code, **({} if restarts is None else {"SLURM_RESTART_COUNT": restarts}))
+    assert code == exit_code, output
+    assert job.requeues == (["requeue 12345"] if requeued else [])
+
+
+def test_requeue_exit_code_is_that_of_the_training_loop() -> None:
+    # Read and not imported: on a login node, submit_slurm.py does without the training's libraries.
+    source = (Path(submit_slurm.__file__).parent.parent / "dispersion_pretrain" / "train.py").read_text(
+        encoding="utf-8"
+    )
+    assert f"\nREQUEUE_EXIT_CODE = {submit_slurm.REQUEUE_EXIT_CODE} " in source
+
+
+@pytest.mark.parametrize(
+    ("number", "exit_code", "requeued"),
+    [
+        (signal.SIGUSR1, 85, True),
+        (signal.SIGUSR1, 138, True),  # the notice came before the ranks could catch it
+        (signal.SIGUSR1, 0, False),
+        (signal.SIGTERM, 85, False),  # a person stopped it
+    ],
+)
+def test_signals_reach_the_ranks_and_the_exit_code_is_that_of_srun(
+    tmp_path: Path, number: signal.Signals, exit_code: int, requeued: bool
+) -> None:
+    job = Job(tmp_path)
+    code, output = job.signalled(number, exit_code)
+    assert code == exit_code, output
+    assert (job.record / "srun-signal").exists()
+    assert job.requeues == (["requeue 12345"] if requeued else [])
+
+
+@pytest.mark.parametrize("name", sorted(submit_slurm._SBATCH_VALUES))
+@pytest.mark.parametrize("value", ["a\n#SBATCH --uid=0", "1\n", "a b", 'a"', "a'", "a\\", "", "a#b", "$(touch x)"])
+def test_sbatch_values_cannot_leave_their_line(name: str, value: str) -> None:
+    with pytest.raises(ValueError, match=f"--{name}: "):
+        sbatch_options(cluster(named={name: value}), Path("/runs/a/slurm"))
+
+
+@pytest.mark.parametrize("folder", ['/runs/a"b', "/runs/a\n#SBATCH --uid=0", "/runs/50%", "/runs/a\\b"])
+def test_log_folder_that_sbatch_would_misread_is_refused(folder: str) -> None:
+    with pytest.raises(ValueError, match=r"run\.folder: "):
+        sbatch_options(cluster(), Path(folder))
+
+
+def test_sbatch_options_state_what_was_asked() -> None:
+    named = {
+        "job-name": "run-1",
+        "partition": "gpu,big",
+        "time": "1-12:00:00",
+        "constraint": "(h100|h200)&ib",
+    }
+    options = sbatch_options(cluster(named=named), Path("/runs/two words/slurm"))
+    assert [f"--{name}={value}" for name, value in named.items()] == options[:4]
+    assert options[4:] == [
+        "--nodes=2", "--ntasks-per-node=2", "--cpus-per-task=3", "--gpus-per-node=2",
+        '--output="/runs/two words/slurm/%j.log"', "--open-mode=append", "--signal=B:USR1@120", "--requeue",
+    ]  # fmt: skip
+    assert not any("gpus" in option for option in sbatch_options(cluster(gpus_per_node=0), Path("/runs/slurm")))
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder with config.yaml in it and an sbatch on the path that records what it was given."""
+    (tmp_path / "config.yaml").write_text(CONFIG)
+    executable(
+        tmp_path / "bin" / "sbatch",
+        '#!/bin/bash\nprintf "%s\\0" "$@" > "$RECORD/sbatch"\necho "77;cluster"\n',
+    )
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    monkeypatch.setenv("RECORD", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+ARGUMENTS = ["--config", "config.yaml", "--nodes", "2", "--gpus-per-node", "2"]
+
+
+def test_submission_keeps_the_resolved_settings_beside_its_script(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    corpus = "data/$(touch x) it's; `touch x`"
+    assert submit_slurm.main([*ARGUMENTS, "--override", "run.seed=7", f"data.corpus={corpus}"]) == 0
+    flag, script = (project / "sbatch").read_text().split("\0")[:2]
+    settings = load_settings(Path(script).parent / "config.yaml")
+    assert (flag, settings.run.seed, settings.data.corpus) == ("--parsable", 7, corpus)
+    assert Path(script).parent.parent == project / "runs" / "tiny-run" / "slurm"
+    assert f"--config \\\n    {script[: -len('job.sh')]}config.yaml" in Path(script).read_text()
+    assert "#SBATCH --job-name=tiny-run\n" in Path(script).read_text()
+    printed = capsys.readouterr().out
+    for needed in (
+        "77",
+        str(project / "runs" / "tiny-run"),
+        "squeue --job 77",
+        "scancel --batch --signal=TERM 77",
+        "2 nodes, 4 ranks",
+    ):
+        assert needed in printed
+
+
+def test_dry_run_prints_the_script_and_leaves_nothing(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = sorted(project.rglob("*"))
+    assert submit_slurm.main([*ARGUMENTS, "--dry-run"]) == 0
+    assert capsys.readouterr().out.startswith("#!/bin/bash\n#SBATCH --job-name=tiny-run\n")
+    assert sorted(project.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["--nodes", "3"], "training.global_batch_tokens"),
+        (["--ranks-per-node", "1"], "--ranks-per-node"),
+        (["--partition", "a\nb"], "--partition"),
+        (["--override", "run.sed=1"], "run.sed"),
+    ],
+)
+def test_what_cannot_run_is_refused_before_the_queue(
+    project: Path, capsys: pytest.CaptureFixture[str], changes: list[str], message: str
+) -> None:
+    assert submit_slurm.main([*ARGUMENTS, *changes]) == 2
+    assert message in capsys.readouterr().err
+    assert not (project / "sbatch").exists()
+
+
+def test_refusal_of_sbatch_is_reported_in_its_own_words(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    executable(project / "bin" / "sbatch", "#!/bin/bash\necho 'invalid partition specified' >&2\nexit 1\n")
+    assert submit_slurm.main(ARGUMENTS) == 2
+    assert "invalid partition specified" in capsys.readouterr().err
+
+
+def test_ranks_on_cpus_are_counted_by_hand(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [
+        "--config",
+        "config.yaml",
+        "--nodes",
+        "2",
+        "--gpus-per-node",
+        "0",
+        "--ranks-per-node",
+        "4",
+        "--dry-run",
+    ]
+    assert submit_slurm.main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert "WORLD_SIZE=8 LOCAL_WORLD_SIZE=4" in printed
+    assert "--gpus" not in printed

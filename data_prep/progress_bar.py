@@ -62,9 +62,7 @@ class TokenProgress:
     def _state(self) -> str:
         of_total = f" of {self._total:,}" if self._total is not None else ""
         tokens_per_s = self._tokens / max(time.monotonic() - self._start_s, 1e-9)
-        return (
-            f"{self._documents:,}{of_total} documents, {self._tokens:,} tokens, {tokens_per_s:,.0f} tokens/s"
-        )
+        return f"{self._documents:,}{of_total} documents, {self._tokens:,} tokens, {tokens_per_s:,.0f} tokens/s"
 
     def _print_line(self) -> None:
         print(f"tokenizing: {self._state()}", file=sys.stderr, flush=True)

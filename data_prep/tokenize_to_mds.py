@@ -49,26 +49,16 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         InputError: a value is out of range.
     """
     parser = _OneLineParser(description="Tokenize text into a corpus of MDS shards.")
-    parser.add_argument(
-        "--source", required=True, help="python-docs; or a file, folder, pattern of .txt, .md, .jsonl"
-    )
-    parser.add_argument(
-        "--tokenizer", required=True, help="train:SIZE (byte-level BPE), or a folder or hub name"
-    )
+    parser.add_argument("--source", required=True, help="python-docs; or a file, folder, pattern of .txt, .md, .jsonl")
+    parser.add_argument("--tokenizer", required=True, help="train:SIZE (byte-level BPE), or a folder or hub name")
     parser.add_argument("--seq-len", type=int, required=True, help="tokens in a block")
     parser.add_argument("--out", type=Path, required=True, help="folder of the corpus")
     parser.add_argument("--validation-share", type=float, default=0.02, help="of the documents; default 0.02")
-    parser.add_argument(
-        "--processes", type=int, default=os.cpu_count() or 1, help="processors to use; default all"
-    )
-    parser.add_argument(
-        "--overwrite", action="store_true", help="make the corpus anew although one is at --out"
-    )
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="processors to use; default all")
+    parser.add_argument("--overwrite", action="store_true", help="make the corpus anew although one is at --out")
     arguments = parser.parse_args(argv)
     if arguments.seq_len < 2:
-        raise InputError(
-            f"--seq-len {arguments.seq_len}: too short to predict a token. At least 2 is needed."
-        )
+        raise InputError(f"--seq-len {arguments.seq_len}: too short to predict a token. At least 2 is needed.")
     if not 0 < arguments.validation_share < 1:
         raise InputError(
             f"--validation-share {arguments.validation_share}: leaves a split empty. "
@@ -99,9 +89,7 @@ def find_whole_corpus(out: Path, wanted: dict[str, Any], overwrite: bool) -> dic
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return None
     if not (out / "corpus.json").is_file():
-        raise InputError(
-            f"--out {out}: exists and is no corpus (no corpus.json). Give another folder or move it."
-        )
+        raise InputError(f"--out {out}: exists and is no corpus (no corpus.json). Give another folder or move it.")
     if overwrite:
         return None
     try:
@@ -109,9 +97,7 @@ def find_whole_corpus(out: Path, wanted: dict[str, Any], overwrite: bool) -> dic
         differences = _differences(wanted, corpus)
         fault = None if differences else _fault(out, corpus)
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(
-            f"{out}/corpus.json: damaged ({error}). --overwrite makes the corpus anew."
-        ) from error
+        raise InputError(f"{out}/corpus.json: damaged ({error}). --overwrite makes the corpus anew.") from error
     if differences:
         raise InputError(
             f"--out {out}: holds a corpus that was made otherwise ({'; '.join(differences)}). "
@@ -179,9 +165,7 @@ def build(folder: Path, source: Source, arguments: argparse.Namespace) -> dict[s
 
     vocab_size = max(tokenizer.get_vocab().values()) + 1
     dtype = token_dtype(vocab_size)
-    writers = {
-        split: SplitWriter(folder / split, arguments.seq_len, dtype) for split in ("train", "validation")
-    }
+    writers = {split: SplitWriter(folder / split, arguments.seq_len, dtype) for split in ("train", "validation")}
     _write_documents(source, tokenizer, writers, arguments.validation_share, total_documents)
     splits = {split: writer.finish() for split, writer in writers.items()}
     for split, entry in splits.items():

@@ -81,9 +81,7 @@ def load(name: str) -> PreTrainedTokenizerFast:
             "or a name on a hub that this machine reaches."
         ) from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        raise InputError(
-            f"--tokenizer {name}: has no tokenizer.json. Give a tokenizer of the `tokenizers` library."
-        )
+        raise InputError(f"--tokenizer {name}: has no tokenizer.json. Give a tokenizer of the `tokenizers` library.")
     if tokenizer.eos_token_id is None:
         raise InputError(
             f"--tokenizer {name}: has no end-of-document token. Set eos_token in its tokenizer_config.json."

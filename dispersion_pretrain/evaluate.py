@@ -225,7 +225,7 @@ def _language_model(job: _Job) -> Iterator[tuple[Any, dict[str, Any]]]:
     with _model_folder(job) as folder:
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder)
-            model = AutoModelForCausalLM.from_pretrained(folder, torch_dtype="auto")
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"--model: {job.model!r} cannot be loaded ({str(error).splitlines()[0][:300]}). A run, a Hugging Face "
@@ -350,7 +350,7 @@ def _job_environment() -> dict[str, str]:
         for name, value in os.environ.items()
         if name not in _LAUNCHER_VARIABLES and not name.startswith(_LAUNCHER_PREFIXES)
     }
-    return kept | {"TQDM_DISABLE": "1"}  # progress bars would fill the log
+    return kept | {"TQDM_MININTERVAL": "60"}  # progress bars would fill the log
 
 
 def _write_pending(folder: Path, pid: int) -> None:

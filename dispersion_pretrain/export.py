@@ -201,7 +201,7 @@ def _write_record(folder: Path, record: dict[str, Any]) -> None:
 
 def _write_model(source: RunCheckpoint, folder: Path, dtype: torch.dtype) -> None:
     config = AutoConfig.from_pretrained(source.info.path / MODEL_CONFIG_FOLDER)
-    model = AutoModelForCausalLM.from_config(config, torch_dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     state = consolidated_state_dict(source.info.path, source.settings.zero.stage)
     _load_strictly(model, state, place=source.info.path)
     tokenizer = source.run / "tokenizer"
@@ -210,7 +210,7 @@ def _write_model(source: RunCheckpoint, folder: Path, dtype: torch.dtype) -> Non
             f"{tokenizer}: is missing. An export needs the tokenizer of the run's corpus. Copy it from the corpus."
         )
     shutil.copytree(tokenizer, folder)  # first, so that no file of it takes the place of the model's
-    model.to(dtype).save_pretrained(folder, safe_serialization=True)
+    model.to(dtype=dtype).save_pretrained(folder, safe_serialization=True)
 
 
 def _load_strictly(model: nn.Module, state: dict[str, Tensor], *, place: Path) -> None:

@@ -38,7 +38,8 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, RuntimeError, OSError) as error:
         print(error, file=sys.stderr)
         return 1
-    print(format_table(results))
+    if results["results"]:
+        print(format_table(results))
     for message in results["errors"].values():
         print(message, file=sys.stderr)
     return 1 if results["errors"] else 0

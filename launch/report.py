@@ -18,7 +18,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder; the first without dispersion is the reference")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="page to write")
     parser.add_argument("--figures", type=Path, metavar="FOLDER", help="write each figure as a PNG file there, too")
     options = parser.parse_args(arguments)

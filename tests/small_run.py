@@ -125,7 +125,7 @@ def write_run(folder: Path, settings: Settings, tokenizer: Path, steps: tuple[in
 def save_step(folder: Path, settings: Settings, step: int, model: PreTrainedModel) -> Path:
     """Commit a checkpoint with weights, model config and reference logits."""
     staging = checkpoint.staging_folder(folder, step)
-    running = model.to(torch.bfloat16) if settings.model.precision == "bf16" else model
+    running = model.bfloat16() if settings.model.precision == "bf16" else model
     input_ids = torch.arange(16)[None] * 7 % VOCABULARY
     with torch.no_grad():
         logits = running(input_ids=input_ids).logits.float()

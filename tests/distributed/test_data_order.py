@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,7 @@ class Outcome:
 
     share: list[list[list[int]]]  # the sequences of each micro-step
     everything: list[list[int]]  # read through a cache that is empty at first
+    fetched: list[str]  # the files that this rank fetched into it
     healed: list[list[int]]  # read through a cache whose shards are damaged
     message: str  # on a corpus that is damaged
     shared_memory: set[str]
@@ -46,10 +49,26 @@ def _everything(corpus: TokenCorpus) -> list[list[int]]:
     return [corpus[sample_id].tolist() for sample_id in range(len(corpus))]
 
 
+def _count_copies() -> list[str]:
+    """Let every fetch take its time, so that ranks do meet; return the list that grows with each one."""
+    fetched: list[str] = []
+    copy = shutil.copy
+
+    def slow_copy(origin: str, target: str) -> str:
+        fetched.append(Path(origin).name)
+        time.sleep(0.1)
+        return copy(origin, target)
+
+    shutil.copy = slow_copy  # type: ignore[assignment]
+    return fetched
+
+
 def _rank(whole: str, damaged: str, empty_cache: str, damaged_cache: str) -> Outcome:
     shared_memory = set(os.listdir("/dev/shm"))
+    fetched = _count_copies()
     dist.barrier()  # so that the ranks meet at the cache
     everything = _everything(TokenCorpus(whole, "train", empty_cache))
+    fetched = fetched.copy()
     dist.barrier()
     healed = _everything(TokenCorpus(whole, "train", damaged_cache))
     share = _share(TokenCorpus(whole, "train", empty_cache), dist.get_rank(), dist.get_world_size())
@@ -58,7 +77,7 @@ def _rank(whole: str, damaged: str, empty_cache: str, damaged_cache: str) -> Out
         _everything(TokenCorpus(damaged, "train"))
     except RuntimeError as error:
         message = str(error)
-    return Outcome(share, everything, healed, message, set(os.listdir("/dev/shm")) - shared_memory)
+    return Outcome(share, everything, fetched, healed, message, set(os.listdir("/dev/shm")) - shared_memory)
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +114,8 @@ def test_ranks_fill_one_cache(folder: Path, ranks: list[Outcome]) -> None:
         assert outcome.everything == EXPECTED
     copies = {path.name: path.read_bytes() for path in (folder / "empty-cache").rglob("shard.*[!k]")}
     assert copies == {path.name: path.read_bytes() for path in (folder / "whole" / "train").glob("*.mds")}
+    fetched = [name for outcome in ranks for name in outcome.fetched]
+    assert sorted(fetched) == sorted([*copies, "index.json"])  # once on a node, not once on each rank
 
 
 def test_ranks_repair_one_cache(ranks: list[Outcome]) -> None:

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dispersion_pretrain import checkpoint, export
+from dispersion_pretrain.engine import consolidated_state_dict
 from dispersion_pretrain.export import export_run, read_record
 from small_run import damage, launch_script, save_step, small_model, small_settings, write_corpus, write_run
 
@@ -33,7 +34,7 @@ def test_export_gives_the_models_weights_logits_and_tokenizer(run: Path, corpus:
     loaded = AutoModelForCausalLM.from_pretrained(folder)
     for name, tensor in expected.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], tensor), name
-    assert loaded.lm_head.weight is loaded.transformer.wte.weight
+    assert loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight
     assert AutoTokenizer.from_pretrained(folder).decode([0]) == "<|endoftext|>"
     record = read_record(folder)
     assert record is not None
@@ -63,10 +64,8 @@ def test_unknown_runs_and_steps_are_named(run: Path, tmp_path: Path) -> None:
 
 
 def test_logits_that_differ_remove_the_export(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    honest = export.consolidated_state_dict
-
     def one_wrong_weight(folder: Path, stage: int) -> dict[str, torch.Tensor]:
-        state = honest(folder, stage)
+        state = consolidated_state_dict(folder, stage)
         state["model.transformer.h.1.mlp.c_fc.weight"][3, 4] += 0.5
         return state
 
@@ -123,10 +122,8 @@ def test_a_bf16_run_gives_bf16_weights(corpus: Path, tmp_path: Path) -> None:
 def test_weights_of_another_model_are_refused(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: object, message: str
 ) -> None:
-    honest = export.consolidated_state_dict
-
     def changed(folder: Path, stage: int) -> dict[str, torch.Tensor]:
-        state = honest(folder, stage)
+        state = consolidated_state_dict(folder, stage)
         change(state)  # type: ignore[operator]
         return state
 
@@ -137,10 +134,8 @@ def test_weights_of_another_model_are_refused(
 
 
 def test_a_tied_weight_may_be_given_once(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    honest = export.consolidated_state_dict
-
     def without_head(folder: Path, stage: int) -> dict[str, torch.Tensor]:
-        state = honest(folder, stage)
+        state = consolidated_state_dict(folder, stage)
         del state["model.lm_head.weight"]
         return state
 

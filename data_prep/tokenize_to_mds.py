@@ -53,7 +53,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--tokenizer", required=True, help="train:SIZE (byte-level BPE), or a folder or hub name")
     parser.add_argument("--seq-len", type=int, required=True, help="tokens in a block")
     parser.add_argument("--out", type=Path, required=True, help="folder of the corpus")
-    parser.add_argument("--validation-share", type=float, default=0.02, help="of the documents; default 0.02")
+    parser.add_argument("--validation-share", type=float, default=0.05, help="of the documents; default 0.05")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="processors to use; default all")
     parser.add_argument("--overwrite", action="store_true", help="make the corpus anew although one is at --out")
     arguments = parser.parse_args(argv)
@@ -62,7 +62,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     if not 0 < arguments.validation_share < 1:
         raise InputError(
             f"--validation-share {arguments.validation_share}: leaves a split empty. "
-            "A number between 0 and 1 is allowed. Give for example 0.02."
+            "A number between 0 and 1 is allowed. Give for example 0.05."
         )
     if arguments.processes < 1:
         raise InputError(f"--processes {arguments.processes}: nobody would work. At least 1 is needed.")

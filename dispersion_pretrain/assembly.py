@@ -9,7 +9,7 @@ import torch
 from transformers import PretrainedConfig
 
 from dispersion_pretrain import distributed, metrics, optim
-from dispersion_pretrain.config import BatchLayout, Settings
+from dispersion_pretrain.config import Settings
 from dispersion_pretrain.data import (
     Batch,
     BatchStream,
@@ -20,6 +20,7 @@ from dispersion_pretrain.data import (
     validation_batches,
 )
 from dispersion_pretrain.engine import DeepSpeedEngine
+from dispersion_pretrain.layout import BatchLayout
 from dispersion_pretrain.model import ModelSize, build_model, model_config, model_size
 from dispersion_pretrain.objective import DispersionTerm, StepContext, TrainingModule
 

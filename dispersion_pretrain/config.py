@@ -2,23 +2,21 @@
 
 A run is one YAML file, at most one level of `extends`, and `section.key=value` overrides. What the science fixes is
 stated (`training.global_batch_tokens`, `training.max_tokens`, `run.seed`); what the machine fixes is derived
-(`BatchLayout`).
+(layout.py).
 """
 
 from __future__ import annotations
 
 import difflib
+import re
 import types
 import typing
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-# A derived micro-batch holds at most this many tokens a rank: enough to fill a GPU, small enough to fit most models.
-_DERIVED_MICRO_BATCH_TOKENS = 16_384
 _DERIVED_BY_ENGINE = {
     "train_batch_size",
     "train_micro_batch_size_per_gpu",
@@ -279,85 +277,6 @@ class Settings(_Section):
         return self.training.global_batch_tokens // self.data.sequence_length
 
 
-@dataclass(frozen=True)
-class BatchLayout:
-    """How a global batch is dealt to this machine: world_size x micro_batch x accumulation sequences, in that order "
-    "of nesting.
-    """
-
-    world_size: int
-    micro_batch: int
-    accumulation: int
-    pool_ranks: int  # consecutive ranks that share a pool; 1: a rank holds one or more whole pools
-    pools_per_rank: int  # whole pools in a rank's micro-batch; 1 where ranks share a pool
-
-    @classmethod
-    def derive(cls, settings: Settings, world_size: int) -> BatchLayout:
-        """The layout of `settings` on `world_size` ranks.
-
-        The derived micro-batch is the largest legal one of at most 16,384 tokens (or the smallest legal one).
-
-        Raises:
-            ValueError: the batch does not divide, or a pool would cross micro-steps; names the legal values.
-        """
-        sequences = settings.global_batch_sequences
-        pool = settings.dispersion.pool_sequences if settings.dispersion else 1
-        if sequences % world_size:
-            near = sorted({max(1, sequences // world_size), sequences // world_size + 1})
-            tokens = [n * world_size * settings.data.sequence_length for n in near]
-            raise ValueError(
-                f"training.global_batch_tokens: {sequences} sequences cannot be divided among {world_size} ranks. A "
-                "multiple of the number "
-                f"of ranks is allowed. Use {' or '.join(map(str, tokens))} tokens, or {_join(_divisors(sequences))} "
-                "ranks."
-            )
-        per_rank = sequences // world_size
-        legal = [n for n in _divisors(per_rank) if _pool_fits(pool, world_size, n)]
-        if not legal:
-            pools = [p for p in _divisors(sequences) if any(_pool_fits(p, world_size, n) for n in _divisors(per_rank))]
-            raise ValueError(
-                f"dispersion.pool_sequences: {pool} fits no micro-batch of {sequences} sequences a step on "
-                f"{world_size} ranks. A pool must "
-                "divide world size x micro-batch, into whole micro-batches or whole pools: it cannot cross "
-                "accumulation micro-steps. "
-                f"Use pool_sequences {_join(pools)}."
-            )
-        wanted = settings.training.micro_batch
-        if wanted is None:
-            length = settings.data.sequence_length
-            fitting = [n for n in legal if n * length <= _DERIVED_MICRO_BATCH_TOKENS]
-            wanted = max(fitting) if fitting else min(legal)
-        elif wanted not in legal:
-            key = "dispersion.pool_sequences" if wanted in _divisors(per_rank) else "training.micro_batch"
-            raise ValueError(
-                f"{key}: a micro-batch of {wanted} does not fit {per_rank} sequences a rank and step with pools of "
-                f"{pool} sequences on "
-                f"{world_size} ranks. A pool cannot cross accumulation micro-steps. Use training.micro_batch "
-                f"{_join(legal)}."
-            )
-        return cls(
-            world_size=world_size,
-            micro_batch=wanted,
-            accumulation=per_rank // wanted,
-            pool_ranks=max(1, pool // wanted),
-            pools_per_rank=max(1, wanted // pool),
-        )
-
-
-def _divisors(number: int) -> list[int]:
-    return [n for n in range(1, number + 1) if number % n == 0]
-
-
-def _pool_fits(pool: int, world_size: int, micro_batch: int) -> bool:
-    if pool <= micro_batch:
-        return micro_batch % pool == 0
-    return pool % micro_batch == 0 and world_size % (pool // micro_batch) == 0
-
-
-def _join(numbers: list[int]) -> str:
-    return ", ".join(map(str, numbers)) or "(none)"
-
-
 def load_settings(path: str | Path, overrides: list[str] | None = None) -> Settings:
     """Read a YAML file, its `extends`, and `section.key=value` overrides into checked settings.
 
@@ -451,11 +370,8 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
         value = text
-    if isinstance(value, str):  # YAML 1.1 reads 1e-3 as a string
-        try:
-            value = float(value)
-        except ValueError:
-            value = text
+    if isinstance(value, str) and re.fullmatch(r"[-+]?\d+\.?\d*[eE][-+]?\d+", value):
+        value = float(value)  # YAML 1.1 reads 1e-3 as a string
     node = tree
     *sections, last = key.split(".")
     for section in sections:

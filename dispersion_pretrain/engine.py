@@ -18,7 +18,8 @@ from deepspeed.utils import logger as deepspeed_logger
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from torch import Tensor, nn
 
-from dispersion_pretrain.config import BatchLayout, Settings
+from dispersion_pretrain.config import Settings
+from dispersion_pretrain.layout import BatchLayout
 from dispersion_pretrain.optim import parameter_groups
 
 VERSION = deepspeed.__version__
@@ -53,8 +54,8 @@ def start_distributed() -> torch.device:
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
-    # DeepSpeed would compile a shared-memory all-reduce at its first start on CPUs (a minute, and a kill meanwhile leaves
-    # a lock that every later start waits for). Only its inference engine calls it.
+    # DeepSpeed would compile a shared-memory all-reduce at its first start on CPUs (a minute, and a kill meanwhile
+    # leaves a lock that every later start waits for). Only its inference engine calls it.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(verbose=False)
     return device

@@ -314,7 +314,7 @@ def start_evaluation_job(run_folder: Path, step: int, suite: str, *, device: str
             )
         _children.append(process)
         with contextlib.suppress(OSError):
-            os.setpriority(os.PRIO_PROCESS, process.pid, _NICENESS)
+            os.setpriority(os.PRIO_PROCESS, process.pid, os.getpriority(os.PRIO_PROCESS, 0) + _NICENESS)
         _write_pending(folder, process.pid)
     except Exception as error:  # training goes on whatever happens to an evaluation; no collective in here
         _log.warning("the evaluation of step %d cannot be started: %s", step, error)

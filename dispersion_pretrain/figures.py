@@ -1,4 +1,4 @@
-"""The pictures of a report: each once as SVG for the page and once as PNG for other uses.
+"""The pictures of a report: as SVG for the page and, where wanted, as PNG for other uses.
 
 In the SVG the colours are CSS variables and the text is text, so that the page's theme and font hold in it, too.
 """
@@ -47,8 +47,20 @@ class Drawing(NamedTuple):
     title: str
     caption: str
     svg: Markup
-    png: bytes  # with the title and a legend, which the page has beside the SVG
+    figure: Figure
     lines: list[tuple[str, int]]  # name of a run and its place among the colours; empty: no legend
+
+    def png(self) -> bytes:
+        """The same picture as an image, with its title and a legend, which the page has beside it. Call it once."""
+        with matplotlib.rc_context(_STYLE):
+            self.figure.suptitle(_plain(self.title), x=0.02, ha="left", fontsize=10)
+            if len(self.lines) > 1:
+                handles = [Line2D([], [], **_line(index)) for _, index in self.lines]
+                labels = [_plain(name) for name, _ in self.lines]
+                self.figure.legend(handles, labels, loc="outside lower center", ncols=3)
+            image = io.BytesIO()
+            self.figure.savefig(image, format="png", dpi=200, facecolor="white")
+        return image.getvalue()
 
 
 class _Comparison(NamedTuple):
@@ -270,15 +282,10 @@ def _draw_layers(run: Run, slug: str, runs: list[Run]) -> Drawing:
 
 
 def _finish(figure: Figure, slug: str, title: str, caption: str, lines: list[tuple[str, int]]) -> Drawing:
-    text, image = io.StringIO(), io.BytesIO()
+    text = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": slug}):  # the same ids for the same picture
         figure.savefig(text, format="svg", metadata={"Date": None})
-    figure.suptitle(_plain(title), x=0.02, ha="left", fontsize=10)
-    if len(lines) > 1:
-        handles = [Line2D([], [], **_line(index)) for _, index in lines]
-        figure.legend(handles, [_plain(name) for name, _ in lines], loc="outside lower center", ncols=3)
-    figure.savefig(image, format="png", dpi=200, facecolor="white")
-    return Drawing(slug, title, caption, _themed(text.getvalue(), slug, title), image.getvalue(), lines)
+    return Drawing(slug, title, caption, _themed(text.getvalue(), slug, title), figure, lines)
 
 
 def _plain(text: str) -> str:

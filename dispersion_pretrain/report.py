@@ -28,7 +28,7 @@ def write_report(folders: Sequence[str | Path], out: str | Path, figures_folder:
     _write_atomically(Path(out), render(runs, groups).encode())
     if figures_folder is not None:
         for drawing in (drawing for group in groups for drawing in group):
-            _write_atomically(Path(figures_folder, f"{drawing.slug}.png"), drawing.png)
+            _write_atomically(Path(figures_folder, f"{drawing.slug}.png"), drawing.png())
     return Path(out)
 
 
@@ -130,7 +130,7 @@ def compare_environments(runs: list[Run]) -> tuple[list[Row], list[Row]]:
         one = dict(_flatten(run.starts[-1])) if run.starts else {}
         if one:
             one["starts"] = str(len(run.starts))
-            seconds = run.starts[-1].get("time")
+            seconds = run.starts[-1].get("time", math.nan)
             if is_finite(seconds):
                 one["time"] = f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%d %H:%M} UTC"
         flat.append(one)

@@ -273,17 +273,20 @@ class ThroughputMeter:
 
 
 class StopSignal:
-    """Notes SIGTERM, SIGINT and SIGUSR1 (Slurm's warning); the loop looks at it between steps. A second one ends at "
-    "once.
+    """Notes SIGTERM, SIGINT and SIGUSR1 (Slurm's warning); the loop looks at it between steps.
+
+    The same signal a second time ends the process at once. Another kind does not: a cancelled Slurm job gets two.
     """
 
     def __init__(self) -> None:
         self.requested, self.name = False, "a signal to another rank"
+        self._seen: set[int] = set()
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, self._note)
 
     def _note(self, number: int, _: FrameType | None) -> None:
-        if self.requested:
+        if number in self._seen:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(signal.Signals(number))
+        self._seen.add(number)
         self.requested, self.name = True, signal.Signals(number).name

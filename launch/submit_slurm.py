@@ -25,7 +25,8 @@ from typing import Any
 
 import jinja2
 
-from dispersion_pretrain.config import BatchLayout, Settings, dump_settings, load_settings
+from dispersion_pretrain.config import Settings, dump_settings, load_settings
+from dispersion_pretrain.layout import BatchLayout
 
 REQUEUE_EXIT_CODE = 85  # launch/pretrain.py leaves with it after it was told to stop and has saved its state
 CRASH_WAIT_S = 300  # between the first rank that ends and the end of all; covers the slowest ordinary end

@@ -100,7 +100,8 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     print(
-        f"torch {torch.__version__}, {arguments.threads} threads, float32, medians of {arguments.rounds} interleaved rounds"
+        f"torch {torch.__version__}, {arguments.threads} threads, float32, medians of {arguments.rounds} interleaved "
+        "rounds"
     )
     print(f"{'model and step':<50}{'without ms':>12}{'with ms':>12}{'ratio':>10}")
     for case in CASES:

@@ -10,8 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dispersion_pretrain.config import BatchLayout, Settings, parse_settings
+from dispersion_pretrain.config import Settings, parse_settings
 from dispersion_pretrain.distributed import pool_groups
+from dispersion_pretrain.layout import BatchLayout
 from dispersion_pretrain.model import build_model, model_config
 from dispersion_pretrain.objective import (
     DispersionTerm,

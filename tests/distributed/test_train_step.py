@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from spawn import run_ranks
 from torch import Tensor, nn
 
 from dispersion_pretrain.data import Batch
 from dispersion_pretrain.metrics import StepTotals
 from dispersion_pretrain.objective import LossTerms, StepContext
 from dispersion_pretrain.train import train_step
+from spawn import run_ranks
 
 MICRO_STEPS, RATE = 3, 0.1
 
@@ -64,7 +64,9 @@ def step_on_rank(poisoned: int) -> dict[str, Any]:
     rank = dist.get_rank()
     engine, totals = PlainEngine(Slope()), StepTotals()
     batches = [
-        Batch(torch.full((1, 4), 10 * rank + k), torch.tensor([MICRO_STEPS * rank + k]), torch.ones(1, dtype=torch.bool))
+        Batch(
+            torch.full((1, 4), 10 * rank + k), torch.tensor([MICRO_STEPS * rank + k]), torch.ones(1, dtype=torch.bool)
+        )
         for k in range(MICRO_STEPS)
     ]
     error = ""
@@ -72,7 +74,7 @@ def step_on_rank(poisoned: int) -> dict[str, Any]:
         train_step(engine, iter(batches), StepContext(7, poisoned, 6, 0.0), totals, torch.device("cpu"))
     except RuntimeError as failure:
         error = str(failure)
-    return {"weight": float(engine.module.weight), "updates": engine.updates, "error": error, "means": totals.reduce()}
+    return {"weight": engine.module.get_parameter("weight").item(), "updates": engine.updates, "error": error, "means": totals.reduce()}
 
 
 def test_one_update_with_the_mean_over_ranks_and_micro_steps() -> None:

@@ -101,7 +101,9 @@ class Job:
             raise AssertionError(f"no end within {timeout_s} s:\n{self.output()}") from None
 
     def kill(self) -> None:
-        """SIGKILL to the command and every descendant, children first being stopped so that none notices another's end."""
+        """SIGKILL to the command and every descendant, children first being stopped so that none notices another's "
+        "end.
+        """
         family = [self.process.pid]
         try:
             family += [child.pid for child in psutil.Process(self.process.pid).children(recursive=True)]
@@ -149,7 +151,14 @@ def records(run_folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines]
 
 
-TRAJECTORY = ("loss/total", "loss/cross_entropy", "loss/dispersion", "grad_norm", "learning_rate", "validation/cross_entropy")
+TRAJECTORY = (
+    "loss/total",
+    "loss/cross_entropy",
+    "loss/dispersion",
+    "grad_norm",
+    "learning_rate",
+    "validation/cross_entropy",
+)
 
 
 def trajectory(run_folder: Path) -> dict[int, dict[str, float]]:

@@ -27,11 +27,20 @@ def test_demo_model_has_one_loss_curve_in_every_layout(tmp_path: Path) -> None:
         run = tmp_path / f"{ranks}x{micro_batch}x{accumulation}"
         tokens = SEQUENCES * LENGTH
         overrides = [
-            f"run.folder={run}", f"data.corpus={corpus}", f"training.micro_batch={micro_batch}",
-            f"training.global_batch_tokens={tokens}", f"training.max_tokens={STEPS * tokens}", "schedule.warmup_tokens=0",
-            "dispersion.pool_sequences=4", "dispersion.coefficient=1.0", "evaluation.every=null", "validation=null",
-            "condensation=null", "checkpoint.every_steps=null", "logging.every_steps=1",
-        ]  # fmt: skip
+            f"run.folder={run}",
+            f"data.corpus={corpus}",
+            f"training.micro_batch={micro_batch}",
+            f"training.global_batch_tokens={tokens}",
+            f"training.max_tokens={STEPS * tokens}",
+            "schedule.warmup_tokens=0",
+            "dispersion.pool_sequences=4",
+            "dispersion.coefficient=1.0",
+            "evaluation.every=null",
+            "validation=null",
+            "condensation=null",
+            "checkpoint.every_steps=null",
+            "logging.every_steps=1",
+        ]
         command = pretrain_command(ROOT / "configs/demo.yaml", *overrides, ranks=ranks, launcher="torchrun")
         finish(command, tmp_path / f"{run.name}.log")
         curves[run.name] = trajectory(run)

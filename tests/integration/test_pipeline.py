@@ -32,7 +32,13 @@ def test_run_folder_holds_what_it_promises(trained: Path) -> None:
     (start,) = [json.loads(line) for line in (trained / "starts.jsonl").read_text().splitlines()]
     assert start["world_size"] == 2 and start["resumed_from_step"] == 0 and "deepspeed" in start["versions"]
     last = trajectory(trained)[12]
-    assert {"loss/total", "loss/cross_entropy", "loss/dispersion", "grad_norm", "validation/cross_entropy"} <= last.keys()
+    assert {
+        "loss/total",
+        "loss/cross_entropy",
+        "loss/dispersion",
+        "grad_norm",
+        "validation/cross_entropy",
+    } <= last.keys()
     written = {key for record in records(trained) for key in record}
     assert {"tokens_per_s", "data_wait_share", "memory_gib", "checkpoint_s", "learning_rate"} <= written
     assert sorted(path.name for path in (trained / "condensation").iterdir()) == [
@@ -52,7 +58,9 @@ def test_export_measure_evaluate_and_report(trained: Path, corpus: Path, tmp_pat
     assert "spearman" in done.stdout.lower() and list(tmp_path.glob("*.png"))
 
     # the training started this very job when it ended: this waits for its result, or makes it
-    done = run_script("launch/evaluate_checkpoint.py", "--model", f"{trained}@12", "--suite", "configs/eval/offline.yaml")
+    done = run_script(
+        "launch/evaluate_checkpoint.py", "--model", f"{trained}@12", "--suite", "configs/eval/offline.yaml"
+    )
     assert done.returncode == 0, done.stderr
     (results,) = (trained / "evaluations").glob("*/step-00000012/results.json")
     assert json.loads(results.read_text())["step"] == 12
@@ -96,7 +104,9 @@ def test_bad_settings_are_found_before_anything_starts(
 
 def test_print_config_and_dry_run(corpus: Path, tmp_path: Path) -> None:
     config = write_config(tmp_path, corpus)
-    printed = run_script("launch/pretrain.py", "--config", str(config), "--print-config", "optimizer.learning_rate=2e-4")
+    printed = run_script(
+        "launch/pretrain.py", "--config", str(config), "--print-config", "optimizer.learning_rate=2e-4"
+    )
     assert yaml.safe_load(printed.stdout)["optimizer"]["learning_rate"] == 2e-4
     done = run_script("launch/pretrain.py", "--config", str(config), "--dry-run", "--ranks", "2")
     assert done.returncode == 0, done.stderr

@@ -19,15 +19,19 @@ SHORT = [
     "training.max_tokens=16384", "schedule.warmup_tokens=0", "checkpoint.every_steps=4", "evaluation.every=null",
     "validation.sequences=4", "condensation.num_texts=2",
 ]  # fmt: skip
-# All of these start the same small run in one folder; they would differ in the number of processes.
+# The same run at another number of processes is another run folder here: a resume is exact or refused.
 RUN_FOLDERS = {"deepspeed": "runs/demo", "torchrun": "runs/by_torchrun"}
+# What README's comparison needs besides, and `make demo` makes.
+BASELINE = "deepspeed launch/pretrain.py --config configs/demo_baseline.yaml run.folder=runs/demo_baseline"
 
 
 def commands() -> list[str]:
     """Every line of a bash block, then every command in a table, comments cut off."""
     text = (ROOT / "README.md").read_text()
     lines = [line for block in re.findall(r"```bash\n(.*?)```", text, re.S) for line in block.splitlines()]
-    cells = re.findall(r"`((?:python|docker|deepspeed|torchrun|tensorboard) [^`]+)`", re.sub(r"```.*?```", "", text, flags=re.S))
+    cells = re.findall(
+        r"`((?:python|docker|deepspeed|torchrun|tensorboard) [^`]+)`", re.sub(r"```.*?```", "", text, flags=re.S)
+    )
     return [" ".join(shlex.split(line, comments=True)) for line in lines + cells if line.strip()]
 
 
@@ -46,19 +50,24 @@ def test_commands_run(tmp_path: Path) -> None:
         shutil.copytree(ROOT / name, project / name, ignore=shutil.ignore_patterns("__pycache__"))
     binaries = Path(sys.executable).parent
     variables = {**environment(), "PATH": f"{binaries}:{environment()['PATH']}", "PYTHONPATH": str(project)}
-    ordered = sorted(commands(), key=lambda command: "demo_baseline" in command)  # the comparison comes after the runs
-    baseline = f"torchrun --nproc_per_node 1 launch/pretrain.py --config configs/demo_baseline.yaml run.folder=runs/demo_baseline"
-    for command in [*ordered[:1], *ordered[1:-1], baseline, *ordered[-1:]]:
-        words = shlex.split(command)
-        if words[0] in ELSEWHERE:
-            continue
-        if words[0] in RUN_FOLDERS and "--dry-run" not in words and "--print-config" not in words:
-            words += SHORT
-            if not any(word.startswith("run.") for word in words):
-                words.append(f"run.folder={RUN_FOLDERS[words[0]]}")
-        if words[0] == "torchrun":
-            words[1:1] = ["--master_port", str(free_port())]
-        if words[0] == "deepspeed":
-            words[1:1] = ["--master_port", str(free_port())]
-        done = subprocess.run(words, cwd=project, env=variables, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, f"{shlex.join(words)}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    for command in commands():
+        if "runs/demo_baseline" in command:
+            run_words(shortened(shlex.split(BASELINE)), project, variables)
+        if shlex.split(command)[0] not in ELSEWHERE:
+            run_words(shortened(shlex.split(command)), project, variables)
+
+
+def shortened(words: list[str]) -> list[str]:
+    """The same command; a training run gets few steps, and a port and folder of its own."""
+    if words[0] not in RUN_FOLDERS:
+        return words
+    words = [words[0], "--master_port", str(free_port()), *words[1:]]
+    if "--dry-run" in words or "--print-config" in words:
+        return words
+    named = any(word.startswith("run.") for word in words)
+    return [*words, *SHORT, *([] if named else [f"run.folder={RUN_FOLDERS[words[0]]}"])]
+
+
+def run_words(words: list[str], folder: Path, variables: dict[str, str]) -> None:
+    done = subprocess.run(words, cwd=folder, env=variables, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, f"{shlex.join(words)}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"

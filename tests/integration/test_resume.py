@@ -25,7 +25,9 @@ def test_undisturbed_run_is_whole(undisturbed: Path) -> None:
     assert sorted(steps) == list(range(13)), "step 0 is the validation before training"
     assert steps[12]["loss/cross_entropy"] < steps[1]["loss/cross_entropy"] - 0.3
     assert {path.name for path in (undisturbed / "checkpoints").iterdir()} == {"step-00000008", "step-00000012"}
-    assert all("loss/dispersion" in steps[step] and "dispersion/cosine/layer_02" in steps[step] for step in range(1, 13))
+    assert all(
+        "loss/dispersion" in steps[step] and "dispersion/cosine/layer_02" in steps[step] for step in range(1, 13)
+    )
 
 
 @pytest.mark.timeout(400)

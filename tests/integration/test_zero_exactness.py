@@ -6,18 +6,19 @@ from typing import Any
 
 import pytest
 import torch
-from spawn import run_ranks
 from torch import Tensor
 
 from dispersion_pretrain import distributed
-from dispersion_pretrain.config import BatchLayout, Settings, parse_settings
+from dispersion_pretrain.config import Settings, parse_settings
 from dispersion_pretrain.data import Batch
 from dispersion_pretrain.engine import DeepSpeedEngine, start_distributed
+from dispersion_pretrain.layout import BatchLayout
 from dispersion_pretrain.metrics import StepTotals
 from dispersion_pretrain.model import build_model, model_config
 from dispersion_pretrain.objective import DispersionTerm, StepContext, TrainingModule
 from dispersion_pretrain.optim import parameter_groups
 from dispersion_pretrain.train import train_step
+from spawn import run_ranks
 
 SEQUENCES, LENGTH, VOCABULARY, STEPS = 16, 32, 101, 3
 COEFFICIENT = 3.0  # large: the dispersion term weighs as much as cross-entropy in the gradient
@@ -151,5 +152,7 @@ def test_train_step_equals_one_process(
         together = torch.cat([found["gradients"][name].flatten() for name in expected["gradients"]])
         wanted = torch.cat([gradient.flatten() for gradient in expected["gradients"].values()])
         assert relative(together, wanted) < 1e-5, f"rank {rank}: gradient length {together.norm() / wanted.norm():.4f}"
-        torch.testing.assert_close(torch.tensor(found["losses"]), torch.tensor(expected["losses"]), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(
+            torch.tensor(found["losses"]), torch.tensor(expected["losses"]), rtol=1e-5, atol=1e-6
+        )
         torch.testing.assert_close(torch.tensor(found["norms"]), torch.tensor(expected["norms"]), rtol=1e-5, atol=0)

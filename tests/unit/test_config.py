@@ -13,7 +13,8 @@ import yaml
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from dispersion_pretrain.config import BatchLayout, Settings, dump_settings, load_settings, parse_settings
+from dispersion_pretrain.config import Settings, dump_settings, load_settings, parse_settings
+from dispersion_pretrain.layout import BatchLayout
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 

@@ -384,7 +384,7 @@ def test_a_job_is_detached_and_no_rank_of_the_training(
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
     before = time.monotonic()
     start_evaluation_job(run, 10, OFFLINE)
-    assert time.monotonic() - before < 0.5
+    assert time.monotonic() - before < 20  # the job takes 60 s
     assert pending_evaluations(run) == {10}
     wait_for(seen)
     facts = json.loads(seen.read_text())
@@ -394,7 +394,7 @@ def test_a_job_is_detached_and_no_rank_of_the_training(
     assert not (left | {"TORCHELASTIC_RUN_ID"}) & set(facts["environment"])
     assert facts["environment"]["CUDA_VISIBLE_DEVICES"] == "3,4"
     assert facts["session"] == facts["pid"] != os.getsid(0)
-    assert facts["nice"] == os.nice(0) + 10 and facts["input"] == ""
+    assert facts["nice"] == min(19, os.nice(0) + 10) and facts["input"] == ""
     os.kill(facts["pid"], 9)
     deadline = time.monotonic() + 10
     while pending_evaluations(run):

@@ -1,4 +1,6 @@
-"""dispersion_pretrain.report on run folders made by hand: what the page says, what it survives, that it stands alone."""
+"""dispersion_pretrain.report on run folders made by hand: what the page says, what it survives, that it stands "
+"alone.
+"""
 
 from __future__ import annotations
 
@@ -260,9 +262,8 @@ def test_missing_parts_are_said_and_do_not_fail(tmp_path: Path) -> None:
         assert words in parsed.text
     assert "whose settings are not all known" in parsed.text
     assert "Validation loss: " not in parsed.text and "validation_loss" not in page
-    assert (
-        parsed.tags.count("svg") == 5
-    )  # training, last half, depth, one heatmap, one of layers, speed: less validation
+    # of headless: training, last half, depth, heatmap, layers, speed
+    assert parsed.tags.count("svg") == 6
     render(bare)
 
 

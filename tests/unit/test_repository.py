@@ -23,6 +23,7 @@ PACKAGE = "dispersion_pretrain"
 # What each module of the package may import from it, in an order in which arrows point up only.
 ALLOWED: dict[str, set[str]] = {
     "config": set(),
+    "layout": {"config"},
     "dispersion": set(),
     "distributed": set(),
     "provenance": set(),
@@ -33,11 +34,11 @@ ALLOWED: dict[str, set[str]] = {
     "data": {"distributed"},
     "metrics": {"distributed"},
     "checkpoint": {"distributed"},
-    "engine": {"config", "optim"},
+    "engine": {"config", "layout", "optim"},
     "export": {"config", "model", "checkpoint", "engine"},
     "suites": {"data"},
     "evaluate": {"checkpoint", "config", "data", "export", "provenance", "suites"},
-    "assembly": {"config", "data", "distributed", "engine", "metrics", "model", "objective", "optim"},
+    "assembly": {"config", "data", "distributed", "engine", "layout", "metrics", "model", "objective", "optim"},
     "resume": {"assembly", "checkpoint", "config", "data", "distributed", "evaluate", "metrics", "provenance"},
     "train": {
         "assembly", "checkpoint", "condensation", "config", "data", "distributed", "engine", "evaluate",

@@ -57,7 +57,10 @@ class Drawing(NamedTuple):
             if len(self.lines) > 1:
                 handles = [Line2D([], [], **_line(index)) for _, index in self.lines]
                 labels = [_plain(name) for name, _ in self.lines]
-                self.figure.legend(handles, labels, loc="outside lower center", ncols=3)
+                columns = max(1, min(3, 72 // (max(map(len, labels)) + 6)))  # about 72 letters fit beside each other
+                rows = -(-len(labels) // columns)
+                self.figure.set_figheight(self.figure.get_figheight() + 0.2 * rows)
+                self.figure.legend(handles, labels, loc="outside lower center", ncols=columns)
             image = io.BytesIO()
             self.figure.savefig(image, format="png", dpi=200, facecolor="white")
         return image.getvalue()

@@ -74,7 +74,12 @@ def step_on_rank(poisoned: int) -> dict[str, Any]:
         train_step(engine, iter(batches), StepContext(7, poisoned, 6, 0.0), totals, torch.device("cpu"))
     except RuntimeError as failure:
         error = str(failure)
-    return {"weight": engine.module.get_parameter("weight").item(), "updates": engine.updates, "error": error, "means": totals.reduce()}
+    return {
+        "weight": engine.module.get_parameter("weight").item(),
+        "updates": engine.updates,
+        "error": error,
+        "means": totals.reduce(),
+    }
 
 
 def test_one_update_with_the_mean_over_ranks_and_micro_steps() -> None:

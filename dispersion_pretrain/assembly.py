@@ -58,8 +58,8 @@ class RunParts:
         )
 
     def context(self, step: int) -> StepContext:
-        """What the objective must know of the 0-based step. Samples are whole blocks, so each has length - 1 "
-        "targets.
+        """What the objective must know of the 0-based step. Samples are whole blocks, so each has length - 1
+        targets.
         """
         settings = self.settings
         return StepContext(

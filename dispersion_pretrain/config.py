@@ -202,6 +202,9 @@ class EvaluationSettings(_Section):
         None, ge=1, description="steps between evaluation jobs, a multiple of checkpoint.every_steps; null: none"
     )
     suite: str = Field("configs/eval/offline.yaml", description="what such a job runs")
+    device: str = Field(
+        "cpu", pattern=r"^(cpu|cuda(:\d+)?)$", description="where; on a GPU of the training it takes memory"
+    )
 
 
 class Settings(_Section):

@@ -12,8 +12,8 @@ _DERIVED_MICRO_BATCH_TOKENS = 16_384
 
 @dataclass(frozen=True)
 class BatchLayout:
-    """How a global batch is dealt to this machine: world_size x micro_batch x accumulation sequences, in that order "
-    "of nesting.
+    """How a global batch is dealt to this machine: world_size x micro_batch x accumulation sequences, in that order
+    of nesting.
     """
 
     world_size: int

@@ -19,8 +19,8 @@ from dispersion_pretrain.distributed import counter_hash
 
 
 class LossTerms(NamedTuple):
-    """What one micro-step yields on one rank. `total` is differentiable, the rest is detached and stays on the "
-    "device.
+    """What one micro-step yields on one rank. `total` is differentiable, the rest is detached and stays on the
+    device.
     """
 
     total: Tensor  # scalar; averaged over ranks and accumulation micro-steps it is the step's objective

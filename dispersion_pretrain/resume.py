@@ -16,9 +16,8 @@ from dispersion_pretrain.assembly import RunParts
 from dispersion_pretrain.config import Settings, dump_settings
 from dispersion_pretrain.data import tokenizer_path
 from dispersion_pretrain.evaluate import pending_evaluations
+from dispersion_pretrain.export import MODEL_CONFIG_FOLDER, REFERENCE_FILE
 
-REFERENCE_FILE = "reference.safetensors"
-MODEL_CONFIG_FOLDER = "model_config"
 _REFERENCE_TOKENS = 16
 
 # Settings that decide the trajectory: with another value a resume would go on with another run.

@@ -1,7 +1,6 @@
 """What a run folder holds, read for looking at it: metrics, settings, starts, condensation measurements, scores.
 
-What a folder lacks or what is damaged is put into words; only a folder that is no run is an error. The files are the
-contract: this module shares no code with those that write them, but the measurement's own.
+What a folder lacks or what is damaged is put into words; only a folder that is no run is an error.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ import yaml
 from numpy.typing import NDArray
 
 from dispersion_pretrain.condensation import Condensation
+from dispersion_pretrain.metrics import read_metrics
 
 
 class Series(NamedTuple):
@@ -97,12 +97,7 @@ def _load_run(folder: Path, name: str) -> Run:
             f"{folder}: is no run folder: it has neither config.yaml nor metrics.jsonl. A folder that "
             "launch/pretrain.py wrote is needed. Correct the path."
         )
-    run = Run(name, folder)
-    by_step: dict[int, dict[str, Any]] = {}
-    for record in _json_lines(folder / "metrics.jsonl"):
-        if isinstance(record.get("step"), int):
-            by_step.setdefault(record["step"], {}).update(record)  # after a resume the last record of a step counts
-    run.records = [by_step[step] for step in sorted(by_step)]
+    run = Run(name, folder, records=read_metrics(folder))
     run.starts = list(_json_lines(folder / "starts.jsonl"))
     try:
         settings = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import signal
 import time
 from collections.abc import Iterator
@@ -21,6 +23,7 @@ from dispersion_pretrain.evaluate import start_evaluation_job
 from dispersion_pretrain.objective import EvaluationOutputs, LossTerms, StepContext
 from dispersion_pretrain.resume import prepare_run_folder, resume_run, save_run
 
+_CONDENSATION_TOKENS = 512  # of each text, as in the paper; the cosine sums grow with the square
 REQUEUE_EXIT_CODE = 85  # "stopped by a signal, state saved: start me again"
 
 
@@ -124,17 +127,21 @@ def run(settings: Settings, *, resume: str = "auto") -> int:
         stopping = distributed.any_rank(stop.requested)
         ending = stopping or step == settings.num_steps
 
-        if ending or step % settings.logging.every_steps == 0:
+        logging = ending or step % settings.logging.every_steps == 0
+        saving = step > last_save_step and (ending or save_due(settings, step, last_save_time))
+        if logging:
             log(parts, writer, step, meter.values(step, parts, batches.wait_s))
+        if logging or saving:
+            refuse_spoiled_update(parts.engine.gradient_norm(), step - 1)
         with meter.pause():
             measure(parts, writer, step, everything=step == settings.num_steps)
-        if step > last_save_step and (ending or save_due(settings, step, last_save_time)):
+        if saving:
             with meter.pause():
                 writer.write(step, parts.tokens(step), {"checkpoint_s": save_run(parts, step)})
             last_save_step, last_save_time = step, time.monotonic()
-            every = settings.evaluation.every
-            if every and step % every == 0 and distributed.is_main():
-                start_evaluation_job(settings.run_folder, step, settings.evaluation.suite)
+            job = settings.evaluation
+            if job.every and step % job.every == 0 and distributed.is_main():
+                start_evaluation_job(settings.run_folder, step, job.suite, device=job.device)
         if stopping:
             break
 
@@ -150,12 +157,11 @@ def run(settings: Settings, *, resume: str = "auto") -> int:
 def log(parts: RunParts, writer: metrics.MetricsWriter, step: int, speed: dict[str, float]) -> None:
     """Write the means of the steps since the last record. Collective: world, one reduction."""
     means = parts.totals.reduce()
-    gradient_norm = parts.engine.gradient_norm()
     coefficient = parts.context(step - 1).coefficient
     values = {
         "loss/total": means["cross_entropy"] + coefficient * means["dispersion"],
         "loss/cross_entropy": means["cross_entropy"],
-        "grad_norm": gradient_norm,
+        "grad_norm": parts.engine.gradient_norm(),
         "learning_rate": parts.learning_rate(step - 1),
         **speed,
     }
@@ -167,17 +173,26 @@ def log(parts: RunParts, writer: metrics.MetricsWriter, step: int, speed: dict[s
             values[f"dispersion/cosine/layer_{layer:02d}"] = means[f"cosine/{place}"]
             values[f"dispersion/clamped_share/layer_{layer:02d}"] = means[f"clamped/{place}"]
     writer.write(step, parts.tokens(step), values)
-    if not gradient_norm < float("inf"):
+
+
+def refuse_spoiled_update(gradient_norm: float, step: int) -> None:
+    """Stop if the last update had a non-finite gradient, for its weights must not be saved.
+
+    Raises:
+        RuntimeError: it had; on every rank, since all know the same norm.
+    """
+    if not math.isfinite(gradient_norm):
         raise RuntimeError(
-            f"step {step - 1}: the gradient norm is {gradient_norm} and the update is spoiled; nothing of it is "
-            "saved. Lower "
-            "optimizer.learning_rate or lengthen schedule.warmup_tokens and start again from the newest checkpoint."
+            f"step {step}: the gradient norm is {gradient_norm} and the update is spoiled; nothing of it is saved. "
+            "Lower optimizer.learning_rate or lengthen schedule.warmup_tokens and start again from the newest "
+            "checkpoint."
         )
 
 
 def measure(parts: RunParts, writer: metrics.MetricsWriter, step: int, *, everything: bool = False) -> None:
-    """Validation loss and condensation, where due or if `everything`. Collective: world; no gradient, no random "
-    "number.
+    """Validation loss and condensation, where due or if `everything`; no gradient, no random number.
+
+    Collective: world.
     """
     settings = parts.settings
     validation = settings.validation if everything or _due(settings.validation, step) else None
@@ -197,18 +212,17 @@ def measure(parts: RunParts, writer: metrics.MetricsWriter, step: int, *, everyt
                 [outputs.cross_entropy_sums[counted].sum(), counted.sum() * (batch.input_ids.shape[1] - 1)]
             )
         if condensation is not None:
-            accumulator = accumulator or CosineAccumulator(
-                len(outputs.hidden_states), batch.input_ids.shape[1], parts.device
-            )
+            states = [state[:, :_CONDENSATION_TOKENS] for state in outputs.hidden_states]
+            accumulator = accumulator or CosineAccumulator(len(states), states[0].shape[1], parts.device)
             texts = (batch.valid & (batch.sample_index < condensation.num_texts)).to(parts.device)
-            accumulator.add(outputs.hidden_states, texts)
+            accumulator.add(states, texts)
     parts.engine.train(True)
     values: dict[str, float] = {}
     if validation is not None:
         total, count = distributed.all_reduce_sum(sums).tolist()
         values |= {
             "validation/cross_entropy": total / count,
-            "validation/perplexity": float(torch.tensor(total / count).exp()),
+            "validation/perplexity": math.exp(min(total / count, 700.0)),
         }
     if condensation is not None and accumulator is not None:
         accumulator.reduce()
@@ -224,8 +238,9 @@ def _due(section: ValidationSettings | CondensationSettings | None, step: int) -
 
 
 def save_due(settings: Settings, step: int, last_save_time: float) -> bool:
-    """Whether a checkpoint is due by steps or minutes. Collective: world, where minutes count (clocks of ranks "
-    "differ).
+    """Whether a checkpoint is due by steps or minutes.
+
+    Collective: world, where minutes count, since the clocks of ranks differ.
     """
     every = settings.checkpoint
     if every.every_steps is not None and step % every.every_steps == 0:
@@ -244,19 +259,15 @@ class ThroughputMeter:
     def _start(self, step: int, now: float, waited_s: float) -> None:
         self._step, self._time, self._waited_s, self._paused_s = step, now, waited_s, 0.0
 
-    def pause(self) -> ThroughputMeter:
-        return self
-
-    def __enter__(self) -> None:
-        self._pause_start = time.monotonic()
-
-    def __exit__(self, *_: object) -> None:
-        self._paused_s += time.monotonic() - self._pause_start
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """Leave out what happens inside."""
+        start = time.monotonic()
+        yield
+        self._paused_s += time.monotonic() - start
 
     def values(self, step: int, parts: RunParts, waited_s: float) -> dict[str, float]:
-        """The figures since the last call: tokens_per_s, step_time_s, data_wait_share, memory_gib, and mfu where "
-        "known.
-        """
+        """Speed since the last call: tokens_per_s, step_time_s, data_wait_share, memory_gib, and mfu where known."""
         now = time.monotonic()
         seconds = max(1e-9, now - self._time - self._paused_s)
         tokens_per_s = parts.tokens(step - self._step) / seconds

@@ -44,8 +44,8 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def _is_ours(error: BaseException) -> bool:
-    """Whether this program raised it, with a message for its user; for a library's own error the traceback is what "
-    "helps.
+    """Whether this program raised it, with a message for its user; for a library's own error the traceback is what
+    helps.
     """
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:

@@ -15,6 +15,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 
+# Before transformers or streaming is imported: it makes torchvision importable beside a CPU build of torch.
+import dispersion_pretrain  # noqa: E402, F401
+
 # Shared machines stall: no deadline. The same examples every time: a red run can be repeated.
 hypothesis.settings.register_profile("project", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("project")

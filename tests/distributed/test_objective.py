@@ -105,7 +105,11 @@ def step_on_rank(model: str, recompute: bool, micro_batch: int, groups: dict[int
         (terms.total / layout.accumulation).backward()
         for name, value in zip(names, terms, strict=True):
             sums[name] = sums.get(name, 0.0) + value.detach() / layout.accumulation
-    sums |= {f"gradient/{name}": parameter.grad for name, parameter in module.model.named_parameters()}
+    sums |= {
+        f"gradient/{name}": parameter.grad
+        for name, parameter in module.model.named_parameters()
+        if parameter.grad is not None
+    }
     for value in sums.values():
         dist.all_reduce(value)
         value /= layout.world_size

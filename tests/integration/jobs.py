@@ -101,8 +101,8 @@ class Job:
             raise AssertionError(f"no end within {timeout_s} s:\n{self.output()}") from None
 
     def kill(self) -> None:
-        """SIGKILL to the command and every descendant, children first being stopped so that none notices another's "
-        "end.
+        """SIGKILL to the command and every descendant, children first being stopped so that none notices another's
+        end.
         """
         family = [self.process.pid]
         try:

@@ -62,7 +62,7 @@ def test_gradcheck_inside_the_band(temperature: float, norm_epsilon: float) -> N
     options = {"temperature": temperature, "cosine_clamp": 0.1, "norm_epsilon": norm_epsilon}
     assert set_dispersion(z, **options).clamped_share.max() == 0, "finite differences do not see a clamped pair"
     assert torch.autograd.gradcheck(lambda x: dispersion_loss(x, **options), (z,), rtol=1e-6)
-    assert torch.autograd.gradcheck(lambda x: pooled_dispersion_loss(x, **options), (z,), rtol=1e-6)
+    assert torch.autograd.gradcheck(lambda x: pooled_dispersion_loss(x, group=None, **options), (z,), rtol=1e-6)
 
 
 def test_each_set_has_its_own_upstream_gradient() -> None:

@@ -250,6 +250,13 @@ class TestOverrides:
         assert settings.dispersion.layers == [1, 2]
         assert settings.model.activation_checkpointing is True
 
+    @pytest.mark.parametrize("text", ["1e-3", "1E-3", "1.e-3", "+1e-3", "0.001"])
+    def test_free_mappings_get_floats_too(self, tmp_path: Path, text: str) -> None:
+        """No type of ours would turn the string that YAML 1.1 makes of 1e-3 into a number there."""
+        config = self.load(tmp_path, f"model.config.initializer_range={text}").model.config
+        assert config is not None
+        assert config["initializer_range"] == 1e-3
+
     def test_sections_are_turned_off_and_on(self, tmp_path: Path) -> None:
         assert self.load(tmp_path, "dispersion=null").dispersion is None
         settings = self.load(

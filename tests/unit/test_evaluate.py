@@ -382,8 +382,16 @@ def test_a_job_is_detached_and_no_rank_of_the_training(
         monkeypatch.setenv(name, "1")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,4")
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    typed, terminal = os.pipe()
+    os.write(terminal, b"for the training")
+    os.close(terminal)
+    own_input = os.dup(0)
+    os.dup2(typed, 0)
     before = time.monotonic()
     start_evaluation_job(run, 10, OFFLINE)
+    os.dup2(own_input, 0)
+    os.close(own_input)
+    os.close(typed)
     assert time.monotonic() - before < 20  # the job takes 60 s
     assert pending_evaluations(run) == {10}
     wait_for(seen)

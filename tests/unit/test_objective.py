@@ -249,10 +249,9 @@ class TestTrainingModule:
         assert losses[0] == losses[1] != losses[2]
 
     def test_the_term_reaches_the_layers_below_and_none_above(self) -> None:
-        model = build("qwen3")
-        module = TrainingModule(model, term([2]))
+        model: Any = build("qwen3")
         hidden = model(input_ids=batch(), output_hidden_states=True).hidden_states
-        loss, _, _ = module.dispersion(hidden, torch.arange(4), 0)
+        loss, _, _ = term([2])(hidden, torch.arange(4), 0)
         blocks = model.model.layers
         reached = [
             torch.autograd.grad(loss, block.mlp.up_proj.weight, retain_graph=True, allow_unused=True)[0] is not None

@@ -49,7 +49,7 @@ class TestGroups:
 
     def test_each_parameter_once_though_tied(self) -> None:
         model = nn.ModuleDict({"a": nn.Embedding(5, 3), "b": nn.Linear(3, 5, bias=False)})
-        model["b"].weight = model["a"].weight  # type: ignore[assignment]
+        model["b"].weight = model["a"].weight[assignment]
         groups = parameter_groups(model, OptimizerSettings())
         assert [len(group["params"]) for group in groups] == [1]  # type: ignore[arg-type]
 
@@ -123,7 +123,7 @@ class TestSchedules:
     def test_always_above_zero_or_final_and_at_most_the_peak(
         self, kind: str, warmup: int, decay: int, final_ratio: float, step_tokens: int, step: int
     ) -> None:
-        schedule = ScheduleSettings(kind=kind, warmup_tokens=warmup, decay_tokens=decay, final_ratio=final_ratio)  # type: ignore[arg-type]
+        schedule = ScheduleSettings(kind=kind, warmup_tokens=warmup, decay_tokens=decay, final_ratio=final_ratio)
         value = learning_rate(
             step * step_tokens, peak=PEAK, schedule=schedule, max_tokens=1000, step_tokens=step_tokens
         )

@@ -1,5 +1,5 @@
-"""dispersion_pretrain.report on run folders made by hand: what the page says, what it survives, that it stands "
-"alone.
+"""dispersion_pretrain.report on run folders made by hand: what the page says, what it survives, that it stands
+alone.
 """
 
 from __future__ import annotations

@@ -39,12 +39,14 @@ ALLOWED: dict[str, set[str]] = {
     "suites": {"data"},
     "evaluate": {"checkpoint", "config", "data", "export", "provenance", "suites"},
     "assembly": {"config", "data", "distributed", "engine", "layout", "metrics", "model", "objective", "optim"},
-    "resume": {"assembly", "checkpoint", "config", "data", "distributed", "evaluate", "metrics", "provenance"},
+    "resume": {
+        "assembly", "checkpoint", "config", "data", "distributed", "evaluate", "export", "metrics", "provenance",
+    },
     "train": {
         "assembly", "checkpoint", "condensation", "config", "data", "distributed", "engine", "evaluate",
         "metrics", "model", "objective", "optim", "resume",
     },
-    "run_folder": {"condensation"},
+    "run_folder": {"condensation", "metrics"},
     "figures": {"condensation", "run_folder"},
     "report": {"condensation", "figures", "run_folder"},
 }  # fmt: skip

@@ -7,6 +7,7 @@ stated (`training.global_batch_tokens`, `training.max_tokens`, `run.seed`); what
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import re
 import types
@@ -31,7 +32,9 @@ _MODEL_CONFIG_FOLDER = Path(__file__).resolve().parent.parent / "configs" / "mod
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=False, validate_default=True, protected_namespaces=())
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=False, validate_default=True, allow_inf_nan=False, protected_namespaces=()
+    )
 
 
 class RunSettings(_Section):
@@ -260,8 +263,7 @@ class Settings(_Section):
         every, saved = self.evaluation.every, self.checkpoint.every_steps
         if every is not None and (saved is None or every % saved):
             raise ValueError(
-                f"evaluation.every: {every} steps, but checkpoints are saved every {saved}. A multiple of "
-                "checkpoint.every_steps is allowed. "
+                f"evaluation.every: {every} steps, but checkpoint.every_steps is {saved}. A multiple of it is allowed. "
                 "Change one of the two."
             )
         return self
@@ -299,8 +301,9 @@ def load_settings(path: str | Path, overrides: list[str] | None = None) -> Setti
                 f"{parent_path}: a file that is extended extends another. One level of extends is allowed. Write the "
                 "settings out in one of them."
             )
-        _inline_model_config(parent, parent_path.parent)
+        _inline_model_config(parent, parent_path.parent)  # named from the parent's folder
         tree = _merge(parent, tree)
+    _inline_model_config(tree, Path(path).parent)
     for override in overrides or []:
         _apply_override(tree, override)
     _inline_model_config(tree, Path(path).parent)
@@ -346,10 +349,11 @@ def _inline_model_config(tree: dict[str, Any], folder: Path) -> None:
         return
     name = model["config"]
     candidates = [folder / name, Path(name), _MODEL_CONFIG_FOLDER / f"{name}.yaml"]
-    for candidate in candidates:
-        if candidate.is_file():
-            model["config"] = _read_yaml(candidate)
-            return
+    with contextlib.suppress(OSError):  # a name that no file system takes
+        for candidate in candidates:
+            if candidate.is_file():
+                model["config"] = _read_yaml(candidate)
+                return
     shipped = sorted(path.stem for path in _MODEL_CONFIG_FOLDER.glob("*.yaml"))
     raise ValueError(
         f"model.config: no file {name!r}. A mapping, a YAML file or a shipped name is allowed: {', '.join(shipped)}. "
@@ -371,7 +375,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         raise ValueError(f"{override!r}: is no override. section.key=value is allowed, such as run.seed=1. Correct it.")
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, RecursionError):
         value = text
     if isinstance(value, str) and re.fullmatch(r"[-+]?\d+\.?\d*[eE][-+]?\d+", value):
         value = float(value)  # YAML 1.1 reads 1e-3 as a string

@@ -166,13 +166,13 @@ class _PooledAngularDispersion(torch.autograd.Function):
                 dist.all_reduce(sums, group=group)
             similarity_sum, num_clamped = sums.unbind(0)
             loss = torch.log(similarity_sum / num_pairs)
-            mean_cosine = (pool.sum(1).square().sum(-1) - pool.square().sum((1, 2))) / num_pairs
-            # dL/du, with the factor that turns averaging over the pool's ranks into the sum over its rows
-            gradient *= (2.0 * num_ranks / (math.pi * temperature) / similarity_sum)[:, None, None]
-            # through u = z / (|z| + epsilon): the part along z only feels epsilon
-            along = (gradient * own).sum(-1, keepdim=True)
-            gradient -= own * along * ((norm + norm_epsilon) / norm)
-            gradient /= norm + norm_epsilon
+            own_share = torch.linalg.vector_norm(pool, dim=(1, 2)).square()
+            mean_cosine = (pool.sum(1).square().sum(-1) - own_share) / num_pairs
+            # dL/du times this factor, which also turns averaging over the pool's ranks into the sum over its rows ...
+            scale = (2.0 * num_ranks / (math.pi * temperature) / similarity_sum)[:, None, None]
+            # ... and through u = z / (|z| + epsilon): the part along z only feels epsilon
+            along = torch.linalg.vecdot(gradient, own).unsqueeze(-1) * (scale / norm)
+            gradient.mul_(scale / (norm + norm_epsilon)).addcmul_(own, along, value=-1.0)
             # a vector at the floor of `_unit_vectors` has no direction to turn: 1 / floor would drown all else
             gradient.masked_fill_(norm + norm_epsilon <= _smallest_norm(norm.dtype), 0.0)
         ctx.save_for_backward(gradient)
@@ -232,9 +232,10 @@ def _sweep(own: Tensor, pool: Tensor, first_row: int, temperature: float, cosine
         cosine = torch.bmm(own, columns.transpose(1, 2))
         diagonal = torch.diagonal(cosine, offset=first_row - start, dim1=1, dim2=2)
         diagonal.zero_()  # inside the band, so that a row with itself never counts as clamped
-        sums[1] += (cosine.abs() > edge).sum((1, 2))
+        similarity = cosine.abs()  # the one temporary of the loop, used again below
+        sums[1] += similarity.gt_(edge).sum((1, 2))
         cosine.clamp_(-edge, edge)
-        similarity = torch.acos(cosine).mul_(-1.0 / (math.pi * temperature)).exp_()
+        torch.acos(cosine, out=similarity).mul_(-1.0 / (math.pi * temperature)).exp_()
         torch.diagonal(similarity, offset=first_row - start, dim1=1, dim2=2).zero_()
         sums[0] += similarity.sum((1, 2))
         similarity.mul_(cosine.square_().neg_().add_(1.0).rsqrt_())

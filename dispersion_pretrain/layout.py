@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from dispersion_pretrain.config import Settings
@@ -12,9 +13,7 @@ _DERIVED_MICRO_BATCH_TOKENS = 16_384
 
 @dataclass(frozen=True)
 class BatchLayout:
-    """How a global batch is dealt to this machine: world_size x micro_batch x accumulation sequences, in that order
-    of nesting.
-    """
+    """How a global batch is dealt: world_size x micro_batch x accumulation sequences."""
 
     world_size: int
     micro_batch: int
@@ -76,7 +75,8 @@ class BatchLayout:
 
 
 def _divisors(number: int) -> list[int]:
-    return [n for n in range(1, number + 1) if number % n == 0]
+    small = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
+    return sorted({*small, *(number // n for n in small)})
 
 
 def _pool_fits(pool: int, world_size: int, micro_batch: int) -> bool:

@@ -13,12 +13,13 @@ from integration.jobs import finish, pretrain_command, records, run_script, traj
 
 @pytest.fixture(scope="module")
 def trained(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run of ZeRO-3 with an evaluation job."""
+    """A finished run with an evaluation job: ZeRO-3, bf16, activations recomputed."""
     folder = tmp_path_factory.mktemp("trained")
     config = write_config(
         folder,
         corpus,
         zero={"stage": 3},
+        model={"precision": "bf16", "activation_checkpointing": True},
         condensation={"every_steps": 6, "num_texts": 4},
         evaluation={"every": 12, "suite": "configs/eval/offline.yaml"},
     )
@@ -71,6 +72,18 @@ def test_export_measure_evaluate_and_report(trained: Path, corpus: Path, tmp_pat
     assert done.returncode == 0, done.stderr
     text = page.read_text()
     assert "http://" not in text.replace("http://www.w3.org", "") and "<svg" in text or "data:image" in text
+
+
+def test_mid_training_goes_on_from_an_export(trained: Path, corpus: Path, tmp_path: Path) -> None:
+    exported = tmp_path / "exported"
+    done = run_script("launch/export_hf.py", str(trained), "--out", str(exported))
+    assert done.returncode == 0, done.stderr
+    config = write_config(
+        tmp_path, corpus, model={"config": None, "pretrained": str(exported)}, training={"max_tokens": 1024}
+    )
+    finish(pretrain_command(config, launcher="torchrun"), tmp_path / "log")
+    before = trajectory(trained)[12]["validation/cross_entropy"]
+    assert trajectory(tmp_path / "run")[0]["validation/cross_entropy"] == pytest.approx(before, rel=2e-3)
 
 
 def test_the_same_command_again_does_nothing_more(trained: Path) -> None:

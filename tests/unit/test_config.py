@@ -116,8 +116,11 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         {"schedule": {"kind": "warmup_stable_decay", "warmup_tokens": 320, "decay_tokens": 321}},
         r"schedule: warm-up and decay take 641",
     ),
-    ({"evaluation.every": 10}, r"evaluation\.every: 10 steps.* multiple of checkpoint\.every_steps"),
-    ({"evaluation.every": 10, "checkpoint.every_steps": 4}, r"evaluation\.every: 10 steps.* every 4"),
+    ({"evaluation.every": 10}, r"evaluation\.every: 10 steps.* checkpoint\.every_steps is None"),
+    (
+        {"evaluation.every": 10, "checkpoint.every_steps": 4},
+        r"evaluation\.every: 10 steps.* checkpoint\.every_steps is 4",
+    ),
     ({"zero.overrides": {"train_batch_size": 4}}, r"zero\.overrides: train_batch_size is derived"),
     ({"zero.overrides": {"optimizer": {}, "bf16": {}}}, r"zero\.overrides: bf16, optimizer is derived"),
     ({"zero": {"stage": 0, "offload_optimizer": True}}, r"zero\.offload_optimizer: stage 0"),

@@ -369,7 +369,7 @@ def test_a_job_is_detached_and_no_rank_of_the_training(
     seen = tmp_path / "seen.json"
     script.write_text(
         "import json, os, sys, time\n"
-        "print('hello from the job')\n"
+        "print('hello from the job', flush=True)\n"
         "time.sleep(0.5)\n"
         "facts = {'arguments': sys.argv[1:], 'environment': dict(os.environ), 'session': os.getsid(0),\n"
         "         'pid': os.getpid(), 'nice': os.nice(0), 'input': sys.stdin.read()}\n"

@@ -28,8 +28,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dispersion_pretrain import checkpoint, export, provenance, suites
-from dispersion_pretrain.config import Settings, load_settings
+from dispersion_pretrain.config import Settings
 from dispersion_pretrain.data import read_manifest
+from dispersion_pretrain.settings_file import load_settings
 from dispersion_pretrain.suites import Suite, load_suite
 
 FORMAT_VERSION = 1

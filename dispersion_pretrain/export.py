@@ -18,9 +18,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from dispersion_pretrain import checkpoint
 from dispersion_pretrain.checkpoint import CheckpointInfo
-from dispersion_pretrain.config import Settings, load_settings
+from dispersion_pretrain.config import Settings
 from dispersion_pretrain.engine import consolidated_state_dict
 from dispersion_pretrain.model import load_exported
+from dispersion_pretrain.settings_file import load_settings
 
 Precision = Literal["float32", "bf16"]
 

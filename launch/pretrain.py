@@ -12,7 +12,7 @@ import sys
 import warnings
 from pathlib import Path
 
-from dispersion_pretrain.config import dump_settings, load_settings
+from dispersion_pretrain.settings_file import dump_settings, load_settings
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -25,8 +25,9 @@ from typing import Any
 
 import jinja2
 
-from dispersion_pretrain.config import Settings, dump_settings, load_settings
+from dispersion_pretrain.config import Settings
 from dispersion_pretrain.layout import BatchLayout
+from dispersion_pretrain.settings_file import dump_settings, load_settings
 
 REQUEUE_EXIT_CODE = 85  # launch/pretrain.py leaves with it after it was told to stop and has saved its state
 CRASH_WAIT_S = 300  # between the first rank that ends and the end of all; covers the slowest ordinary end

@@ -19,8 +19,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from dispersion_pretrain import checkpoint
-from dispersion_pretrain.config import Settings, dump_settings, parse_settings
+from dispersion_pretrain.config import Settings
 from dispersion_pretrain.objective import TrainingModule
+from dispersion_pretrain.settings_file import dump_settings, parse_settings
 
 VOCABULARY = 300
 SEQUENCE_LENGTH = 32

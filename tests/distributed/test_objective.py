@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dispersion_pretrain.config import Settings, parse_settings
+from dispersion_pretrain.config import Settings
 from dispersion_pretrain.distributed import pool_groups
 from dispersion_pretrain.layout import BatchLayout
 from dispersion_pretrain.model import build_model, model_config
@@ -21,6 +21,7 @@ from dispersion_pretrain.objective import (
     TrainingModule,
     sample_positions,
 )
+from dispersion_pretrain.settings_file import parse_settings
 from numerics.communication import Communication
 from numerics.plain_dispersion import plain_dispersion_loss
 from spawn import run_ranks

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dispersion_pretrain import distributed
-from dispersion_pretrain.config import Settings, parse_settings
+from dispersion_pretrain.config import Settings
 from dispersion_pretrain.data import Batch
 from dispersion_pretrain.engine import DeepSpeedEngine, start_distributed
 from dispersion_pretrain.layout import BatchLayout
@@ -17,6 +17,7 @@ from dispersion_pretrain.metrics import StepTotals
 from dispersion_pretrain.model import build_model, model_config
 from dispersion_pretrain.objective import DispersionTerm, StepContext, TrainingModule
 from dispersion_pretrain.optim import parameter_groups
+from dispersion_pretrain.settings_file import parse_settings
 from dispersion_pretrain.train import train_step
 from spawn import run_ranks
 

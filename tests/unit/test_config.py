@@ -13,8 +13,9 @@ import yaml
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from dispersion_pretrain.config import Settings, dump_settings, load_settings, parse_settings
+from dispersion_pretrain.config import Settings
 from dispersion_pretrain.layout import BatchLayout
+from dispersion_pretrain.settings_file import dump_settings, load_settings, parse_settings
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 

@@ -23,6 +23,7 @@ PACKAGE = "dispersion_pretrain"
 # What each module of the package may import from it, in an order in which arrows point up only.
 ALLOWED: dict[str, set[str]] = {
     "config": set(),
+    "settings_file": {"config"},
     "layout": {"config"},
     "dispersion": set(),
     "distributed": set(),
@@ -35,12 +36,13 @@ ALLOWED: dict[str, set[str]] = {
     "metrics": {"distributed"},
     "checkpoint": {"distributed"},
     "engine": {"config", "layout", "optim"},
-    "export": {"config", "model", "checkpoint", "engine"},
+    "export": {"checkpoint", "config", "engine", "model", "settings_file"},
     "suites": {"data"},
-    "evaluate": {"checkpoint", "config", "data", "export", "provenance", "suites"},
+    "evaluate": {"checkpoint", "config", "data", "export", "provenance", "settings_file", "suites"},
     "assembly": {"config", "data", "distributed", "engine", "layout", "metrics", "model", "objective", "optim"},
     "resume": {
         "assembly", "checkpoint", "config", "data", "distributed", "evaluate", "export", "metrics", "provenance",
+        "settings_file",
     },
     "train": {
         "assembly", "checkpoint", "condensation", "config", "data", "distributed", "engine", "evaluate",

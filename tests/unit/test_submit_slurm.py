@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from dispersion_pretrain.config import load_settings
+from dispersion_pretrain.settings_file import load_settings
 from launch import submit_slurm
 from launch.submit_slurm import Cluster, render_script, sbatch_options
 

@@ -37,6 +37,9 @@ class RunSettings(_Section):
     seed: int = Field(
         0, ge=0, lt=2**31, description="initial weights, data order, dropout, positions of the dispersion term"
     )
+    doctor: bool = Field(
+        True, description="before step 0, compare gradients through the engine with a one-process reference"
+    )
 
 
 class ModelSettings(_Section):
@@ -116,9 +119,24 @@ class DispersionSettings(_Section):
     layers: Literal["all", "last", "early_half", "late_half"] | list[int] = Field(
         "all", description="block outputs, 1 ... num_layers; the last is after the final norm"
     )
-    temperature: float = Field(1.0, gt=0, description="tau")
+    variant: str = Field("angular", description="an entry of dispersion.VARIANTS")
+    temperature: float = Field(1.0, gt=0, description="tau of the variants with an exponential")
     cosine_clamp: float = Field(0.1, ge=0, lt=1, description="t: straight-through clamp of cosines to [-1 + t, 1 - t]")
+    angle: Literal["arccos", "atan2"] = Field(
+        "arccos", description="how angles are computed; atan2 has no clamp, and a gradient that does not fade"
+    )
+    margin: float = Field(0.5, gt=0, le=1, description="orthogonalization: pairs closer than this share of pi count")
+    norm_weight: float = Field(0.1, ge=0, description="l2_repel: weight of the mean square of the embeddings")
     norm_epsilon: float = Field(0.0, ge=0, description="added to norms; the paper's scripts use 1e-2")
+    warmup_tokens: int = Field(0, ge=0, description="the coefficient rises linearly over so many tokens")
+    decay_tokens: int = Field(0, ge=0, description="the coefficient falls linearly over the last so many tokens")
+    final_ratio: float = Field(0.0, ge=0, le=1, description="last coefficient over its peak, where it falls")
+    gradient_ratio_cap: float | None = Field(
+        None,
+        gt=0,
+        description="bound of the term's gradient norm over that of cross-entropy, both at the last hidden state; a "
+        "step is scaled by what the step before showed; null: neither measured nor bound",
+    )
 
     @model_validator(mode="after")
     def _has_pairs(self) -> DispersionSettings:
@@ -126,6 +144,11 @@ class DispersionSettings(_Section):
             raise ValueError(
                 "pool_sequences x tokens_per_sequence: 1 embedding has no pair. At least 2 are needed. Raise one of "
                 "the two."
+            )
+        if self.gradient_ratio_cap is not None and self.layers == "early_half":
+            raise ValueError(
+                "gradient_ratio_cap: it is measured at the last hidden state, which layers: early_half leaves out. "
+                "all, last, late_half or a list with the last layer are allowed. Change layers or remove the cap."
             )
         return self
 
@@ -144,6 +167,29 @@ class DispersionSettings(_Section):
                 "Correct the list."
             )
         return sorted(self.layers)
+
+
+class NoisyEmbeddingsSettings(_Section):
+    alpha: float = Field(
+        5.0, gt=0, description="uniform noise in +-alpha / sqrt(sequence_length x width) on the input embeddings"
+    )
+
+
+class ActiveForgettingSettings(_Section):
+    every_steps: int = Field(
+        1000, ge=1, description="steps between resets of the input embeddings and of their optimizer state"
+    )
+    last_phase: float = Field(0.2, ge=0, lt=1, description="last share of the run, without resets")
+
+
+class DistillationSettings(_Section):
+    teacher: str = Field(description="Hugging Face name or local folder, with the corpus' tokenizer")
+    weight: float = Field(1.0, gt=0, description="of the divergence beside the cross-entropy, whose weight stays 1")
+    temperature: float = Field(
+        1.0, gt=0, description="of both distributions; the divergence is multiplied by its square"
+    )
+    precision: Literal["float32", "bf16"] | None = Field(None, description="of the teacher; null: model.precision")
+    sharded: bool = Field(False, description="the teacher's parameters lie in shards over the ranks, as ZeRO-3's do")
 
 
 class ZeroSettings(_Section):
@@ -212,6 +258,9 @@ class Settings(_Section):
     optimizer: OptimizerSettings = OptimizerSettings()
     schedule: ScheduleSettings = ScheduleSettings()
     dispersion: DispersionSettings | None = None
+    noisy_embeddings: NoisyEmbeddingsSettings | None = None
+    active_forgetting: ActiveForgettingSettings | None = None
+    distillation: DistillationSettings | None = None
     zero: ZeroSettings = ZeroSettings()
     validation: ValidationSettings | None = ValidationSettings()
     condensation: CondensationSettings | None = None
@@ -246,9 +295,21 @@ class Settings(_Section):
                 f"{training.max_tokens}. "
                 "Together they must fit. Shorten warmup_tokens or decay_tokens."
             )
-        if self.dispersion is not None and self.dispersion.tokens_per_sequence > length:
+        term = self.dispersion
+        if term is not None and term.warmup_tokens + term.decay_tokens > training.max_tokens:
             raise ValueError(
-                f"dispersion.tokens_per_sequence: {self.dispersion.tokens_per_sequence} of a sequence of {length} "
+                f"dispersion: warm-up and decay take {term.warmup_tokens + term.decay_tokens} tokens of "
+                f"training.max_tokens {training.max_tokens}. Together they must fit. Shorten dispersion.warmup_tokens "
+                "or dispersion.decay_tokens."
+            )
+        if term is not None and term.gradient_ratio_cap is not None and self.model.compile:
+            raise ValueError(
+                "dispersion.gradient_ratio_cap: model.compile joins head and loss, where the gradient at the last "
+                "hidden state cannot be seen. It works without. Set model.compile=false or remove the cap."
+            )
+        if term is not None and term.tokens_per_sequence > length:
+            raise ValueError(
+                f"dispersion.tokens_per_sequence: {term.tokens_per_sequence} of a sequence of {length} "
                 "tokens. "
                 f"At most data.sequence_length are allowed. Use {length} or fewer."
             )

@@ -79,7 +79,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         {"validation.every_step": 3},
         r"validation\.every_step: unknown key, with the value 3\. Did you mean every_steps\?",
     ),
-    ({"run.qqqqqq": 3}, r"run\.qqqqqq: unknown key, with the value 3\. Known here: name, folder, seed\."),
+    ({"run.qqqqqq": 3}, r"run\.qqqqqq: unknown key, with the value 3\. Known here: name, folder, seed, doctor\."),
     # missing
     ({"data": {"sequence_length": 8}}, r"data\.corpus: is missing"),
     ({"training": {}}, r"training\.global_batch_tokens: is missing"),
@@ -426,7 +426,8 @@ KEYS = st.sampled_from(NAMES) | st.text(max_size=6) | st.integers(0, 3)
 VALUES = st.recursive(
     SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=4), max_leaves=8
 )
-PATHS = [(section, key) for section, fields in settings_with(condensation={}).model_dump().items() for key in fields]
+OPTIONAL = {"condensation": {}, "noisy_embeddings": {}, "active_forgetting": {}, "distillation": {"teacher": "x"}}
+PATHS = [(section, key) for section, fields in settings_with(**OPTIONAL).model_dump().items() for key in fields]
 
 
 def settings_or_value_error(tree: Any) -> Settings | None:

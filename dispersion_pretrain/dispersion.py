@@ -1,73 +1,168 @@
-"""The dispersion loss: embeddings in, a scalar with its exact gradient out.
+"""The dispersion loss and its alternatives: embeddings in, a scalar with its exact gradient out.
 
 The loss of a set of N embeddings with cosines c_ij is (arXiv 2602.00217):
 
     D_ij = arccos(clamp(c_ij)) / pi            L = log( 1 / (N (N - 1)) * sum over i != j of exp(-D_ij / tau) )
 
-D is symmetric, so the gradient of one row has a closed form that needs the other rows only as constants:
-
-    dL/du_i = 2 / (S pi tau) * sum_j e_ij / sqrt(1 - c_ij^2) * u_j      with  e = exp(-D / tau),  S = sum e
-
-One sweep over the pairs therefore gives value and gradient together: two matrix products instead of autograd's three,
-nothing of size N x N kept for backward and, where ranks share a set, no collective in the backward pass.
+Every variant here is such a sum over pairs: `VARIANTS` holds what a pair contributes, pair_sums.py sums it up, and its
+gradient. Any other function of a set can be added to the table.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# Pairs held at once by the sweep; past this, columns are taken in blocks. A temporary of 1 Mi float32 pairs is 4 MiB:
-# it stays in a processor's cache from step to step (12 % faster than 4 Mi at 4096 embeddings of 1024).
-_PAIRS_PER_BLOCK = 1024 * 1024
+from dispersion_pretrain.pair_sums import (
+    DispersionOptions,
+    PairSum,
+    PairSumLoss,
+    Pool,
+    edge_of_clamp,
+)
+
+# ---- what a pair contributes
+
+
+def angular(cosine: Tensor, options: DispersionOptions) -> tuple[Tensor, Tensor]:
+    """Give f = -D / tau and df/dc, beyond the clamp that of its edge. Source: arXiv 2602.00217, L_disp."""
+    clamped, rate = _clamp(cosine, options), 1.0 / (math.pi * options.temperature)
+    return torch.acos(clamped) * -rate, torch.rsqrt(1.0 - clamped.square()) * rate
+
+
+def angular_atan2(q: Tensor, a: Tensor, options: DispersionOptions) -> tuple[Tensor, Tensor, Tensor]:
+    """Give f = -D / tau with D = 2 atan2(|u - v|, |u + v|) / pi, df/dq, df/da."""
+    angle, by_q, by_a = _angle(q, a)
+    rate = -1.0 / (math.pi * options.temperature)
+    return angle * rate, by_q * rate, by_a * rate
+
+
+def orthogonalization(cosine: Tensor, options: DispersionOptions) -> tuple[Tensor, Tensor]:
+    """Give f = max(0, margin - D)^2 and df/dc. Source: arXiv 2602.00217, where the margin is 1/2."""
+    clamped = _clamp(cosine, options)
+    short = (options.margin - torch.acos(clamped) / math.pi).clamp_min(0.0)
+    return short.square(), short * torch.rsqrt(1.0 - clamped.square()) * (2.0 / math.pi)
+
+
+def orthogonalization_atan2(q: Tensor, a: Tensor, options: DispersionOptions) -> tuple[Tensor, Tensor, Tensor]:
+    """The same with D from atan2; df/dq, df/da."""
+    angle, by_q, by_a = _angle(q, a)
+    short = (options.margin - angle / math.pi).clamp_min(0.0)
+    rate = short * (-2.0 / math.pi)
+    return short.square(), by_q * rate, by_a * rate
+
+
+def infonce_cosine(cosine: Tensor, options: DispersionOptions) -> tuple[Tensor, Tensor]:
+    """Give f = c / tau and df/dc. Source: arXiv 2506.09027, InfoNCE with the cosine dissimilarity, i != j only."""
+    return cosine / options.temperature, torch.full_like(cosine, 1.0 / options.temperature)
+
+
+def infonce_l2(q: Tensor, a: Tensor, options: DispersionOptions) -> tuple[Tensor, Tensor, Tensor]:
+    """Give f = -|z_i - z_j|^2 / tau, df/dq, df/da. Source: arXiv 2506.09027, InfoNCE with squared l2, i != j only."""
+    return q / -options.temperature, torch.full_like(q, -1.0 / options.temperature), torch.zeros_like(q)
+
+
+def decorrelation(correlation: Tensor, options: DispersionOptions) -> tuple[Tensor, Tensor]:
+    """Give f = Cov_ij^2 and its slope; of vectors standardised over features it is their correlation.
+
+    Source: arXiv 2602.00217; `norm_epsilon` is added to the norm of the centred vector.
+    """
+    return correlation.square(), 2.0 * correlation
+
+
+def _clamp(cosine: Tensor, options: DispersionOptions) -> Tensor:
+    edge = edge_of_clamp(options, cosine.dtype)
+    return cosine.clamp(-edge, edge)
+
+
+def _angle(q: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """2 atan2(|u - v|, |u + v|) with q = |u - v|^2, a = |u|^2 + |v|^2, so |u + v|^2 = 2 a - q; by q; by a."""
+    apart, together = q, (2.0 * a - q).clamp_min(0.0)
+    # Equal and opposite vectors have no direction in which to turn; the bound keeps their slope finite.
+    slope = torch.rsqrt(torch.maximum(apart * together, (torch.finfo(q.dtype).eps * a).square()).clamp_min(1e-30))
+    return 2.0 * torch.atan2(apart.sqrt(), together.sqrt()), slope, -q / a.clamp_min(1e-30) * slope
+
+
+# A variant is a sum over pairs, or any function (sets, tokens, dim) float32 -> (sets,) that autograd understands.
+VARIANTS: dict[str, PairSum | Callable[[Tensor, DispersionOptions], Tensor]] = {
+    "angular": PairSum(angular, of="cosine", vectors="unit", logarithm=True),
+    "decorrelation": PairSum(decorrelation, of="cosine", vectors="standardised", logarithm=False),
+    "l2_repel": PairSum(infonce_l2, of="distance", vectors="raw", logarithm=True),  # and the norms, see _norm_penalty
+    "orthogonalization": PairSum(orthogonalization, of="cosine", vectors="unit", logarithm=False),
+    "infonce_cosine": PairSum(infonce_cosine, of="cosine", vectors="unit", logarithm=True),
+    "infonce_l2": PairSum(infonce_l2, of="distance", vectors="raw", logarithm=True),
+}
+_WITH_ATAN2 = {
+    "angular": PairSum(angular_atan2, of="distance", vectors="unit", logarithm=True),
+    "orthogonalization": PairSum(orthogonalization_atan2, of="distance", vectors="unit", logarithm=False),
+}
+
+
+# ---- losses
 
 
 class DispersionTerms(NamedTuple):
     """Value and statistics of each set; only `loss` carries a gradient."""
 
     loss: Tensor  # (sets,)
-    mean_cosine: (
-        Tensor  # (sets,) mean of the unclamped cosine over i != j: the loss is blind beyond the clamp, this is not
-    )
-    clamped_share: Tensor  # (sets,) share of the pairs i != j whose cosine lies beyond the clamp
+    mean_cosine: Tensor  # (sets,) of the unclamped cosine over i != j: the loss is blind beyond the clamp, this is not
+    clamped_share: Tensor  # (sets,) share of the pairs i != j beyond the clamp; 0 for variants without one
 
 
 def dispersion_loss(
-    embeddings: Tensor, *, temperature: float = 1.0, cosine_clamp: float = 0.1, norm_epsilon: float = 0.0
+    embeddings: Tensor,
+    *,
+    variant: str = "angular",
+    temperature: float = 1.0,
+    cosine_clamp: float = 0.1,
+    angle: Literal["arccos", "atan2"] = "arccos",
+    margin: float = 0.5,
+    norm_weight: float = 0.1,
+    norm_epsilon: float = 0.0,
 ) -> Tensor:
-    """Angular dispersion loss of each set of embeddings, averaged over the sets.
+    """Dispersion loss of each set of embeddings, averaged over the sets.
 
     Args:
         embeddings: (sets, tokens, dim), any float type; at least 2 tokens. The mathematics is float32 (float64 stays).
-        temperature: tau > 0.
-        cosine_clamp: t in [0, 1): cosines are clamped to [-1 + t, 1 - t], straight-through (beyond the band the
-            gradient is that of the band's edge).
-        norm_epsilon: added to each norm, u = z / (|z| + norm_epsilon); the paper's scripts use 1e-2.
+        variant: an entry of `VARIANTS`.
+        temperature: tau > 0, of the variants with an exponential.
+        cosine_clamp: t in [0, 1): angular and orthogonalization clamp cosines to [-1 + t, 1 - t], straight-through
+            (beyond the band the gradient is that of the band's edge).
+        angle: of angular and orthogonalization. "atan2" computes 2 atan2(|u - v|, |u + v|), without a clamp: its
+            gradient does not fade as embeddings align.
+        margin: of orthogonalization, in (0, 1]: pairs with D < margin are pushed apart.
+        norm_weight: of l2_repel, >= 0: weight of the mean square of all coordinates.
+        norm_epsilon: added to each norm, u = z / (|z| + norm_epsilon); the paper's scripts use 1e-2. infonce_l2 and
+            l2_repel take no norms.
 
     Returns:
         Scalar, differentiable once.
 
     Raises:
-        ValueError: a shape or a setting out of range.
+        ValueError: a shape or a setting out of range, an unknown variant.
 
-    Source: arXiv 2602.00217, L_disp; the mean over i != j of its scripts, where the paper prints a sum (a constant
-        apart).
+    Source: arXiv 2602.00217; means over i != j as in its scripts, where the paper prints sums (a constant apart), and
+        nothing is added inside the logarithm.
     """
-    return set_dispersion(
-        embeddings, temperature=temperature, cosine_clamp=cosine_clamp, norm_epsilon=norm_epsilon
-    ).loss.mean()
+    options = DispersionOptions(variant, temperature, cosine_clamp, angle, margin, norm_weight, norm_epsilon)
+    return pooled_dispersion(embeddings, group=None, options=options).loss.mean()
 
 
 def pooled_dispersion_loss(
     embeddings: Tensor,
     *,
     group: dist.ProcessGroup | None = None,
+    variant: str = "angular",
     temperature: float = 1.0,
     cosine_clamp: float = 0.1,
+    angle: Literal["arccos", "atan2"] = "arccos",
+    margin: float = 0.5,
+    norm_weight: float = 0.1,
     norm_epsilon: float = 0.0,
 ) -> Tensor:
     """Dispersion loss of pools whose embeddings lie on several ranks.
@@ -76,133 +171,91 @@ def pooled_dispersion_loss(
         embeddings: (layers, own tokens, dim) of this rank; the same shape on every rank of `group`. A layer's set is
             the union over the ranks, in rank order.
         group: the ranks that share the pool; None: this rank alone.
-        temperature, cosine_clamp, norm_epsilon: as in `dispersion_loss`.
+        variant, temperature, cosine_clamp, angle, margin, norm_weight, norm_epsilon: as in `dispersion_loss`.
 
     Returns:
         (layers,) the value of the whole pool, equal on all its ranks. The gradient of the own rows is exact when
         gradients are averaged over `group` afterwards, as data parallelism does: own rows carry the factor of the
         group's size.
 
-    Collective: one all-gather and one all-reduce in the forward pass over `group`; none in the backward pass.
+    Collective: over `group` in the forward pass one all-gather and one all-reduce (none for a variant that is no sum
+        over pairs); none in the backward pass.
 
     Raises:
-        ValueError: a shape or a setting out of range.
+        ValueError: a shape or a setting out of range, an unknown variant.
     """
-    return pooled_dispersion(
-        embeddings, group=group, temperature=temperature, cosine_clamp=cosine_clamp, norm_epsilon=norm_epsilon
-    ).loss
-
-
-def set_dispersion(
-    embeddings: Tensor, *, temperature: float, cosine_clamp: float, norm_epsilon: float
-) -> DispersionTerms:
-    """`dispersion_loss` set by set, with statistics. embeddings: (sets, tokens, dim)."""
-    return pooled_dispersion(
-        embeddings, group=None, temperature=temperature, cosine_clamp=cosine_clamp, norm_epsilon=norm_epsilon
-    )
+    options = DispersionOptions(variant, temperature, cosine_clamp, angle, margin, norm_weight, norm_epsilon)
+    return pooled_dispersion(embeddings, group=group, options=options).loss
 
 
 def pooled_dispersion(
-    embeddings: Tensor,
-    *,
-    group: dist.ProcessGroup | None,
-    temperature: float,
-    cosine_clamp: float,
-    norm_epsilon: float,
+    embeddings: Tensor, *, group: dist.ProcessGroup | None, options: DispersionOptions
 ) -> DispersionTerms:
     """`pooled_dispersion_loss` with statistics. Collective: as there."""
     num_ranks = 1 if group is None else dist.get_world_size(group)
-    _check(embeddings, num_ranks, temperature, cosine_clamp, norm_epsilon)
-    terms = _PooledAngularDispersion.apply(  # type: ignore[no-untyped-call]
-        embeddings, group, temperature, cosine_clamp, norm_epsilon
+    _check_embeddings(embeddings, num_ranks)
+    variant = find_variant(options)
+    pool = Pool.of(embeddings if group is None else _gather_tokens(embeddings, group), options.norm_epsilon)
+    if not isinstance(variant, PairSum):
+        loss = _of_set(embeddings, pool, group, variant, options)
+        clamped_share = torch.zeros_like(loss.detach())
+    else:
+        loss, clamped_share = PairSumLoss.apply(embeddings, pool, group, variant, options)  # type: ignore[no-untyped-call]
+        if options.variant == "l2_repel":
+            loss = loss + options.norm_weight * _mean_square(embeddings, pool, num_ranks)
+    return DispersionTerms(loss, mean_cosine(pool), clamped_share)
+
+
+def find_variant(options: DispersionOptions) -> PairSum | Callable[[Tensor, DispersionOptions], Tensor]:
+    """What computes the loss of `options`. Raises ValueError for an unknown name or a setting out of range."""
+    known = ", ".join(VARIANTS)
+    if options.variant not in VARIANTS:
+        raise ValueError(
+            f"variant: {options.variant!r} is not known. The entries of dispersion.VARIANTS are allowed: {known}. "
+            "Correct the name, or add the entry before the run starts."
+        )
+    if options.angle not in ("arccos", "atan2"):
+        raise ValueError(f"angle: {options.angle!r} is not known. arccos and atan2 are allowed. Choose one of them.")
+    if options.angle == "atan2" and options.variant not in _WITH_ATAN2:
+        raise ValueError(
+            f"angle: atan2 has no meaning for {options.variant}, which takes no angles. {' and '.join(_WITH_ATAN2)} "
+            "do. Leave angle out."
+        )
+    _check_range("temperature", options.temperature, options.temperature > 0, "> 0", "The paper uses 1.0")
+    clamp = options.cosine_clamp
+    _check_range("cosine_clamp", clamp, 0 <= clamp < 1, "in [0, 1)", "The paper uses 0.1")
+    _check_range("margin", options.margin, 0 < options.margin <= 1, "in (0, 1]", "The paper uses 0.5")
+    _check_range("norm_weight", options.norm_weight, options.norm_weight >= 0, ">= 0", "The paper uses 0.1")
+    _check_range(
+        "norm_epsilon", options.norm_epsilon, options.norm_epsilon >= 0, ">= 0", "The paper's scripts use 1e-2"
     )
-    return DispersionTerms(*terms)
+    return _WITH_ATAN2[options.variant] if options.angle == "atan2" else VARIANTS[options.variant]
 
 
-def _check(embeddings: Tensor, num_ranks: int, temperature: float, cosine_clamp: float, norm_epsilon: float) -> None:
+def _check_range(name: str, value: float, is_allowed: bool, rule: str, hint: str) -> None:
+    if not (is_allowed and math.isfinite(value)):
+        raise ValueError(f"{name}: {value} is not allowed. It must be {rule}. {hint}.")
+
+
+def _check_embeddings(embeddings: Tensor, num_ranks: int) -> None:
     if embeddings.dim() != 3 or not embeddings.is_floating_point():
         raise ValueError(
             f"embeddings: got shape {tuple(embeddings.shape)} of {embeddings.dtype}. A floating-point tensor (sets, "
-            "tokens, dim) "
-            "is needed. Stack the sets in the first dimension."
+            "tokens, dim) is needed. Stack the sets in the first dimension."
         )
-    if embeddings.shape[1] * num_ranks < 2:
+    num_tokens = embeddings.shape[1] * num_ranks
+    if num_tokens < 2:
         raise ValueError(
-            f"embeddings: a set of {embeddings.shape[1] * num_ranks} embedding has no pair. At least 2 are needed. "
-            "Sample more tokens or sequences."
+            f"embeddings: a set of {num_tokens} embedding has no pair. At least 2 are needed. Sample more tokens or "
+            "sequences."
         )
-    if not temperature > 0:
-        raise ValueError(f"temperature: {temperature} is not allowed. It must be > 0. The paper uses 1.0.")
-    if not 0 <= cosine_clamp < 1:
-        raise ValueError(f"cosine_clamp: {cosine_clamp} is not allowed. It must lie in [0, 1). The paper uses 0.1.")
-    if not norm_epsilon >= 0:
-        raise ValueError(f"norm_epsilon: {norm_epsilon} is not allowed. It must be >= 0. The paper's scripts use 1e-2.")
-
-
-class _PooledAngularDispersion(torch.autograd.Function):
-    """The sweep in forward; backward only scales what it left."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        embeddings: Tensor,
-        group: dist.ProcessGroup | None,
-        temperature: float,
-        cosine_clamp: float,
-        norm_epsilon: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        with torch.autocast(embeddings.device.type, enabled=False):
-            own, norm = _unit_vectors(embeddings, norm_epsilon)
-            if group is None:
-                pool, first_row, num_ranks = own, 0, 1
-            else:  # gathered in the embeddings' own type: a bf16 model sends half the bytes and loses nothing
-                pool, _ = _unit_vectors(_gather_tokens(embeddings, group), norm_epsilon)
-                num_ranks = dist.get_world_size(group)
-                first_row = dist.get_rank(group) * own.shape[1]
-            num_embeddings = pool.shape[1]
-            num_pairs = num_embeddings * (num_embeddings - 1)
-            sums, gradient = _sweep(own, pool, first_row, temperature, cosine_clamp)
-            if group is not None:
-                dist.all_reduce(sums, group=group)
-            similarity_sum, num_clamped = sums.unbind(0)
-            loss = torch.log(similarity_sum / num_pairs)
-            own_share = torch.linalg.vector_norm(pool, dim=(1, 2)).square()
-            mean_cosine = (pool.sum(1).square().sum(-1) - own_share) / num_pairs
-            # dL/du times this factor, which also turns averaging over the pool's ranks into the sum over its rows ...
-            scale = (2.0 * num_ranks / (math.pi * temperature) / similarity_sum)[:, None, None]
-            # ... and through u = z / (|z| + epsilon): the part along z only feels epsilon
-            along = torch.linalg.vecdot(gradient, own).unsqueeze(-1) * (scale / norm)
-            gradient.mul_(scale / (norm + norm_epsilon)).addcmul_(own, along, value=-1.0)
-            # a vector at the floor of `_unit_vectors` has no direction to turn: 1 / floor would drown all else
-            gradient.masked_fill_(norm + norm_epsilon <= _smallest_norm(norm.dtype), 0.0)
-        ctx.save_for_backward(gradient)
-        ctx.input_dtype = embeddings.dtype
-        clamped_share = num_clamped / num_pairs
-        ctx.mark_non_differentiable(mean_cosine, clamped_share)
-        return loss, mean_cosine, clamped_share
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        (gradient,) = ctx.saved_tensors
-        return (gradient * grad_loss[:, None, None]).to(ctx.input_dtype), None, None, None, None
-
-
-def _unit_vectors(embeddings: Tensor, norm_epsilon: float) -> tuple[Tensor, Tensor]:
-    """U = z / (|z| + epsilon) in float32 (float64 stays), and |z| as (..., 1)."""
-    z = embeddings.detach()
-    z = z if z.dtype == torch.float64 else z.float()
-    norm = torch.linalg.vector_norm(z, dim=-1, keepdim=True).clamp_min(_smallest_norm(z.dtype))
-    return z / (norm + norm_epsilon), norm
-
-
-def _smallest_norm(dtype: torch.dtype) -> float:
-    """Below it the square of a norm is no normal number any more."""
-    return float(torch.finfo(dtype).tiny ** 0.5)
 
 
 def _gather_tokens(embeddings: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """(layers, n, dim) on each rank -> (layers, ranks * n, dim), ranks in order. Collective: one all-gather."""
+    """(layers, n, dim) on each rank -> (layers, ranks * n, dim), ranks in order, in the embeddings' own type.
+
+    Collective: one all-gather. A bf16 model sends half the bytes and loses nothing.
+    """
     own = embeddings.detach().contiguous()
     num_ranks = dist.get_world_size(group)
     gathered = own.new_empty((num_ranks * own.shape[0], *own.shape[1:]))
@@ -211,33 +264,41 @@ def _gather_tokens(embeddings: Tensor, group: dist.ProcessGroup) -> Tensor:
     return by_rank.transpose(0, 1).reshape(own.shape[0], num_ranks * own.shape[1], own.shape[2])
 
 
-def _sweep(own: Tensor, pool: Tensor, first_row: int, temperature: float, cosine_clamp: float) -> tuple[Tensor, Tensor]:
-    """All pairs (own row, pool column) but a row with itself.
+def _of_set(
+    embeddings: Tensor,
+    pool: Pool,
+    group: dist.ProcessGroup | None,
+    function: Callable[[Tensor, DispersionOptions], Tensor],
+    options: DispersionOptions,
+) -> Tensor:
+    """Value (sets,) of any function of the whole pool: every rank computes it, with its own rows alive."""
+    with torch.autocast(embeddings.device.type, enabled=False):
+        own = embeddings if embeddings.dtype == torch.float64 else embeddings.float()
+        if group is not None:
+            num_ranks, first = dist.get_world_size(group), dist.get_rank(group) * own.shape[1]
+            if own.requires_grad:
+                own = own.clone()
+                # averaging over ranks divides by their number
+                own.register_hook(lambda gradient: gradient * num_ranks)  # type: ignore[no-untyped-call]
+            own = torch.cat([pool.z[:, :first], own, pool.z[:, first + own.shape[1] :]], dim=1)
+        values = function(own, options)
+    if values.shape != embeddings.shape[:1]:
+        raise ValueError(
+            f"variant {options.variant}: returned shape {tuple(values.shape)} for {embeddings.shape[0]} sets. One "
+            "value a set is needed. Reduce over tokens and features only."
+        )
+    return values
 
-    Args:
-        own: (sets, n, dim) unit vectors, rows first_row ... first_row + n of pool: (sets, N, dim).
 
-    Returns:
-        sums (2, sets): sum of exp(-D / tau), and number of pairs beyond the clamp;
-        gradient (sets, n, dim): sum over columns of exp(-D / tau) / sqrt(1 - c^2) * u_j.
-    """
-    num_sets, num_rows, _ = own.shape
-    # With no clamp a pair of equal directions has slope infinity; the type's own resolution bounds it.
-    edge = 1.0 - max(cosine_clamp, torch.finfo(own.dtype).eps)
-    block = max(1, min(pool.shape[1], _PAIRS_PER_BLOCK // max(1, num_sets * num_rows)))
-    sums = own.new_zeros(2, num_sets)
-    gradient = torch.zeros_like(own)
-    for start in range(0, pool.shape[1], block):
-        columns = pool[:, start : start + block]
-        cosine = torch.bmm(own, columns.transpose(1, 2))
-        diagonal = torch.diagonal(cosine, offset=first_row - start, dim1=1, dim2=2)
-        diagonal.zero_()  # inside the band, so that a row with itself never counts as clamped
-        similarity = cosine.abs()  # the one temporary of the loop, used again below
-        sums[1] += similarity.gt_(edge).sum((1, 2))
-        cosine.clamp_(-edge, edge)
-        torch.acos(cosine, out=similarity).mul_(-1.0 / (math.pi * temperature)).exp_()
-        torch.diagonal(similarity, offset=first_row - start, dim1=1, dim2=2).zero_()
-        sums[0] += similarity.sum((1, 2))
-        similarity.mul_(cosine.square_().neg_().add_(1.0).rsqrt_())
-        gradient.baddbmm_(similarity, columns)
-    return sums, gradient
+def _mean_square(embeddings: Tensor, pool: Pool, num_ranks: int) -> Tensor:
+    """(sets,) mean of z^2 over the pool, with the gradient of the own rows as `PairSumLoss` scales it."""
+    value = pool.z.square().mean((1, 2))
+    own = embeddings.to(value.dtype).square().sum((1, 2)) * (num_ranks / pool.z[0].numel())
+    return value + (own - own.detach())
+
+
+def mean_cosine(pool: Pool) -> Tensor:
+    """(sets,) mean of the unclamped cosine over i != j, in one pass over the vectors; without a gradient."""
+    num_tokens = pool.z.shape[1]
+    together = torch.bmm(pool.scale.unsqueeze(1), pool.z).squeeze(1).square().sum(-1)
+    return (together - (pool.scale * pool.norm).square().sum(1)) / (num_tokens * (num_tokens - 1))

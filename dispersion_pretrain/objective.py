@@ -16,6 +16,7 @@ from torch.nn import functional
 from dispersion_pretrain.config import DispersionSettings
 from dispersion_pretrain.dispersion import pooled_dispersion
 from dispersion_pretrain.distributed import counter_hash
+from dispersion_pretrain.pair_sums import DispersionOptions
 
 
 class LossTerms(NamedTuple):
@@ -63,6 +64,7 @@ class DispersionTerm(nn.Module):
     ) -> None:
         super().__init__()
         self.settings = settings
+        self.options = DispersionOptions(**{key: getattr(settings, key) for key in DispersionOptions._fields})
         self.layers = layers
         self.seed = seed
         self.pools_per_rank = pools_per_rank
@@ -99,13 +101,7 @@ class DispersionTerm(nn.Module):
             ]
         )  # (layers, micro_batch, m, dim)
         sets = sampled.reshape(len(self.layers) * self.pools_per_rank, -1, dim)
-        terms = pooled_dispersion(
-            sets,
-            group=self.pool_group,
-            temperature=settings.temperature,
-            cosine_clamp=settings.cosine_clamp,
-            norm_epsilon=settings.norm_epsilon,
-        )
+        terms = pooled_dispersion(sets, group=self.pool_group, options=self.options)
         mean_cosine = terms.mean_cosine.view(len(self.layers), -1).mean(1)
         clamped_share = terms.clamped_share.view(len(self.layers), -1).mean(1)
         return terms.loss.mean(), mean_cosine, clamped_share

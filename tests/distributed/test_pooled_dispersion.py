@@ -10,9 +10,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dispersion_pretrain import dispersion
-from dispersion_pretrain.dispersion import pooled_dispersion, pooled_dispersion_loss
+from dispersion_pretrain import pair_sums
+from dispersion_pretrain.dispersion import VARIANTS, pooled_dispersion, pooled_dispersion_loss
 from dispersion_pretrain.distributed import pool_groups
+from dispersion_pretrain.pair_sums import DispersionOptions
 from numerics.communication import Communication
 from numerics.plain_dispersion import plain_dispersion_loss
 from spawn import run_ranks
@@ -20,10 +21,18 @@ from spawn import run_ranks
 LAYERS, TOKENS, DIM = 3, 16, 10  # of a pool; divided by 1, 2 and 4 ranks
 WEIGHTS = torch.tensor([1.0, 0.25, -2.0], dtype=torch.float64)  # upstream gradients of the layers
 
-CASES: dict[str, dict[str, float]] = {
+CASES: dict[str, dict[str, Any]] = {
     "paper": {"temperature": 1.0, "cosine_clamp": 0.1, "norm_epsilon": 0.0},
     "sharp": {"temperature": 0.3, "cosine_clamp": 0.4, "norm_epsilon": 0.0},
     "scripts": {"temperature": 0.5, "cosine_clamp": 0.1, "norm_epsilon": 1e-2},
+    "cold": {"temperature": 1e-3, "cosine_clamp": 0.0},  # exp(-D / tau) of every pair is below the smallest number
+    "angular, atan2": {"angle": "atan2", "norm_epsilon": 1e-2},
+    "orthogonalization": {"variant": "orthogonalization", "margin": 0.6},
+    "orthogonalization, atan2": {"variant": "orthogonalization", "angle": "atan2"},
+    "decorrelation": {"variant": "decorrelation", "norm_epsilon": 1e-2},
+    "infonce_cosine": {"variant": "infonce_cosine", "temperature": 0.5},
+    "infonce_l2": {"variant": "infonce_l2", "temperature": 0.01},  # cold as well
+    "l2_repel": {"variant": "l2_repel", "norm_weight": 0.3},
 }
 WORLDS = [(1, 1), (2, 2), (4, 4), (4, 2), (4, 1)]  # ranks, ranks a pool
 
@@ -44,7 +53,7 @@ def own_part(num_pools: int, pool_ranks: int) -> Tensor:
 
 def loss_and_gradient_on_rank(pool_ranks: int, pairs_per_block: int | None) -> dict[str, dict[str, Tensor]]:
     if pairs_per_block is not None:
-        dispersion._PAIRS_PER_BLOCK = pairs_per_block
+        pair_sums._PAIRS_PER_BLOCK = pairs_per_block
     num_pools = dist.get_world_size() // pool_ranks
     group = pool_groups(pool_ranks)
     results = {}
@@ -63,7 +72,7 @@ def results_of(
     return run_ranks(loss_and_gradient_on_rank, num_ranks, pool_ranks, pairs_per_block)
 
 
-def expected_of(num_pools: int, options: dict[str, float]) -> tuple[Tensor, Tensor]:
+def expected_of(num_pools: int, options: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """Losses (pools, layers), and the gradient of their weighted sum averaged over pools."""
     joined = pool_embeddings(num_pools).requires_grad_()
     losses = plain_dispersion_loss(joined.flatten(0, 1), **options).view(num_pools, LAYERS)
@@ -109,19 +118,23 @@ def test_averaged_gradient_has_the_direction_of_the_joined_batch(num_ranks: int,
     assert (actual / actual.norm() - expected / expected.norm()).norm() <= 1e-12
 
 
-def test_blocks_of_columns_change_nothing() -> None:
-    whole, blocked = results_of(4, 4), results_of(4, 4, 40)  # 3 of 16 columns at a time: blocks cut ranks' parts
+def test_every_variant_is_among_the_cases() -> None:
+    assert {options.get("variant", "angular") for options in CASES.values()} == set(VARIANTS)
+
+
+def test_blocks_of_rows_change_nothing() -> None:
+    whole, blocked = results_of(4, 4), results_of(4, 4, 40)  # 2 of 4 rows at a time
     for one, other in zip(whole, blocked, strict=True):
         for case in CASES:
             for key in ("loss", "gradient"):
-                assert torch.allclose(one[case][key], other[case][key], rtol=1e-13, atol=1e-16)
+                assert (one[case][key] - other[case][key]).norm() <= 1e-12 * one[case][key].norm(), case
 
 
 def communication_on_rank(pool_ranks: int, dtype: torch.dtype) -> dict[str, Any]:
     group = pool_groups(pool_ranks)
     own = own_part(dist.get_world_size() // pool_ranks, pool_ranks).to(dtype).requires_grad_()
     with Communication() as forward:
-        terms = pooled_dispersion(own, group=group, **CASES["paper"])
+        terms = pooled_dispersion(own, group=group, options=DispersionOptions(**CASES["paper"]))
     with Communication() as backward:
         terms.loss.sum().backward()
     with Communication() as control:  # the recorder must not be blind
@@ -139,8 +152,8 @@ def communication_on_rank(pool_ranks: int, dtype: torch.dtype) -> dict[str, Any]
 )
 def test_communication(num_ranks: int, pool_ranks: int, dtype: torch.dtype) -> None:
     results = run_ranks(communication_on_rank, num_ranks, pool_ranks, dtype)
-    # The samples travel in their own type, for all layers at once; the sums in float32.
-    expected = [("allgather_base", str(dtype)), ("allreduce", "torch.float32")] if pool_ranks > 1 else []
+    # The samples travel in their own type, for all layers at once; the sums, two numbers a layer, in float64.
+    expected = [("allgather_base", str(dtype)), ("allreduce", "torch.float64")] if pool_ranks > 1 else []
     for result in results:
         assert result["control"] == [("allreduce", "torch.float32")]
         assert result["forward"] == expected
@@ -153,13 +166,15 @@ def test_communication(num_ranks: int, pool_ranks: int, dtype: torch.dtype) -> N
 
 def statistics_on_rank(pool_ranks: int) -> tuple[Tensor, Tensor]:
     own = own_part(dist.get_world_size() // pool_ranks, pool_ranks)
-    terms = pooled_dispersion(own, group=pool_groups(pool_ranks), **CASES["paper"])
+    terms = pooled_dispersion(own, group=pool_groups(pool_ranks), options=DispersionOptions(**CASES["paper"]))
     return terms.mean_cosine, terms.clamped_share
 
 
 def test_statistics_are_those_of_the_joined_batch() -> None:
     results = run_ranks(statistics_on_rank, 4, 2)
-    joined = [pooled_dispersion(pool, group=None, **CASES["paper"]) for pool in pool_embeddings(2)]
+    joined = [
+        pooled_dispersion(pool, group=None, options=DispersionOptions(**CASES["paper"])) for pool in pool_embeddings(2)
+    ]
     for rank, (mean_cosine, clamped_share) in enumerate(results):
         assert torch.allclose(mean_cosine, joined[rank // 2].mean_cosine, rtol=1e-12, atol=0)
         assert torch.allclose(clamped_share, joined[rank // 2].clamped_share, rtol=1e-12, atol=0)

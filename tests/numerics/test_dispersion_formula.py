@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from dispersion_pretrain import dispersion
-from dispersion_pretrain.dispersion import dispersion_loss, pooled_dispersion_loss, set_dispersion
+from dispersion_pretrain import pair_sums
+from dispersion_pretrain.dispersion import DispersionTerms, dispersion_loss, pooled_dispersion, pooled_dispersion_loss
+from dispersion_pretrain.pair_sums import DispersionOptions
 from numerics.plain_dispersion import double_loop_dispersion, plain_dispersion_loss
 
 SHAPES = [(1, 2, 3), (1, 5, 4), (3, 7, 5), (2, 16, 32), (4, 33, 8), (1, 64, 100)]
@@ -17,6 +19,27 @@ OPTIONS = [
     {"temperature": temperature, "cosine_clamp": clamp, "norm_epsilon": epsilon}
     for temperature, clamp, epsilon in itertools.product((0.3, 1.0, 2.0), (0.0, 0.1, 0.4), (0.0, 1e-2))
 ]
+
+
+ALTERNATIVES: list[dict[str, Any]] = [
+    {"variant": "angular", "angle": "atan2"},
+    {"variant": "angular", "angle": "atan2", "temperature": 0.3, "norm_epsilon": 1e-2},
+    {"variant": "orthogonalization"},
+    {"variant": "orthogonalization", "margin": 0.8, "cosine_clamp": 0.4, "norm_epsilon": 1e-2},
+    {"variant": "orthogonalization", "angle": "atan2", "norm_epsilon": 1.0},
+    {"variant": "decorrelation"},
+    {"variant": "decorrelation", "norm_epsilon": 1e-2},
+    {"variant": "infonce_cosine"},
+    {"variant": "infonce_cosine", "temperature": 0.2, "norm_epsilon": 1e-2},
+    {"variant": "infonce_l2"},
+    {"variant": "infonce_l2", "temperature": 0.01},
+    {"variant": "l2_repel"},
+    {"variant": "l2_repel", "temperature": 5.0, "norm_weight": 2.0},
+]
+
+
+def terms_of(embeddings: Tensor, **options: Any) -> DispersionTerms:
+    return pooled_dispersion(embeddings, group=None, options=DispersionOptions(**options))
 
 
 def embeddings_of(shape: tuple[int, ...], *, offset: float = 0.0, spread: float = 1.0, seed: int = 0) -> Tensor:
@@ -36,9 +59,9 @@ def relative_difference(actual: Tensor, expected: Tensor) -> float:
     return ((actual - expected).norm() / expected.norm()).item()
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("options", OPTIONS + ALTERNATIVES, ids=str)
 @pytest.mark.parametrize("offset", [0.0, 1.5], ids=["spread", "half-condensed"])
-def test_value_and_gradient_equal_plain_autograd(options: dict[str, float], offset: float) -> None:
+def test_value_and_gradient_equal_plain_autograd(options: dict[str, Any], offset: float) -> None:
     for seed, shape in enumerate(SHAPES):
         z = embeddings_of(shape, offset=offset, seed=seed).requires_grad_()
         expected = value_and_gradient(plain_dispersion_loss(z, **options).mean(), z)
@@ -48,7 +71,7 @@ def test_value_and_gradient_equal_plain_autograd(options: dict[str, float], offs
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_value_equals_double_loop(options: dict[str, float]) -> None:
+def test_value_equals_double_loop(options: dict[str, Any]) -> None:
     for shape in [(2, 3), (5, 4), (9, 6)]:
         z = embeddings_of(shape, offset=1.0)
         expected = double_loop_dispersion(z.tolist(), **options)
@@ -59,8 +82,8 @@ def test_value_equals_double_loop(options: dict[str, float]) -> None:
 @pytest.mark.parametrize("temperature", [0.5, 1.0])
 def test_gradcheck_inside_the_band(temperature: float, norm_epsilon: float) -> None:
     z = embeddings_of((2, 5, 12)).requires_grad_()
-    options = {"temperature": temperature, "cosine_clamp": 0.1, "norm_epsilon": norm_epsilon}
-    assert set_dispersion(z, **options).clamped_share.max() == 0, "finite differences do not see a clamped pair"
+    options: dict[str, Any] = {"temperature": temperature, "cosine_clamp": 0.1, "norm_epsilon": norm_epsilon}
+    assert terms_of(z, **options).clamped_share.max() == 0, "finite differences do not see a clamped pair"
     assert torch.autograd.gradcheck(lambda x: dispersion_loss(x, **options), (z,), rtol=1e-6)
     assert torch.autograd.gradcheck(lambda x: pooled_dispersion_loss(x, group=None, **options), (z,), rtol=1e-6)
 
@@ -80,7 +103,7 @@ def test_gradient_beyond_the_band_is_that_of_its_edge(dtype: torch.dtype) -> Non
     opposite = torch.cat([condensed, -condensed], dim=1)  # both edges of the band
     for z in (condensed, opposite):
         z = z.clone().requires_grad_()
-        assert set_dispersion(z, temperature=1.0, cosine_clamp=0.1, norm_epsilon=0.0).clamped_share.min() == 1
+        assert terms_of(z, temperature=1.0, cosine_clamp=0.1, norm_epsilon=0.0).clamped_share.min() == 1
         reference = z.detach().double().requires_grad_()
         _, expected = value_and_gradient(plain_dispersion_loss(reference).mean(), reference)
         _, actual = value_and_gradient(dispersion_loss(z), z)
@@ -94,7 +117,7 @@ def test_descent_spreads_condensed_embeddings() -> None:
     cosines = []
     for _ in range(4):
         z.requires_grad_()
-        terms = set_dispersion(z, **options)
+        terms = terms_of(z, **options)
         cosines.append(terms.mean_cosine.item())
         _, gradient = value_and_gradient(terms.loss.mean(), z)
         z = (z - 3000.0 * gradient).detach()
@@ -114,7 +137,7 @@ def test_zero_and_identical_vectors_give_finite_numbers(
     with_zeros[2:4] = 0
     sets = torch.stack([some, with_zeros, some[:1].expand(6, 8), torch.zeros(6, 8), -some[:1].expand(6, 8)])
     z = sets.to(dtype).requires_grad_()
-    terms = set_dispersion(z, temperature=1.0, cosine_clamp=cosine_clamp, norm_epsilon=norm_epsilon)
+    terms = terms_of(z, temperature=1.0, cosine_clamp=cosine_clamp, norm_epsilon=norm_epsilon)
     _, gradient = value_and_gradient(terms.loss.mean(), z)
     assert all(torch.isfinite(part).all() for part in (*terms, gradient))
     assert gradient.double().square().sum() < 1e6, "its square is summed into the gradient norm of the model"
@@ -168,12 +191,12 @@ def test_autocast_has_no_influence(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("pairs_per_block", [1, 40, 41, 200, 100_000])
-def test_blocks_of_columns_equal_one_sweep(monkeypatch: pytest.MonkeyPatch, pairs_per_block: int) -> None:
+def test_blocks_equal_one_sweep(monkeypatch: pytest.MonkeyPatch, pairs_per_block: int) -> None:
     z = embeddings_of((2, 20, 8), offset=1.0).requires_grad_()
-    whole = set_dispersion(z, temperature=1.0, cosine_clamp=0.1, norm_epsilon=0.0)
+    whole = terms_of(z, temperature=1.0, cosine_clamp=0.1, norm_epsilon=0.0)
     _, expected = value_and_gradient(whole.loss.sum(), z)
-    monkeypatch.setattr(dispersion, "_PAIRS_PER_BLOCK", pairs_per_block)
-    blocked = set_dispersion(z, temperature=1.0, cosine_clamp=0.1, norm_epsilon=0.0)
+    monkeypatch.setattr(pair_sums, "_PAIRS_PER_BLOCK", pairs_per_block)
+    blocked = terms_of(z, temperature=1.0, cosine_clamp=0.1, norm_epsilon=0.0)
     _, actual = value_and_gradient(blocked.loss.sum(), z)
     for one, other in zip(whole, blocked, strict=True):
         assert relative_difference(other, one) < 1e-14

@@ -10,13 +10,14 @@ import torch
 from dispersion_pretrain.dispersion import (
     DispersionTerms,
     dispersion_loss,
+    pooled_dispersion,
     pooled_dispersion_loss,
-    set_dispersion,
 )
+from dispersion_pretrain.pair_sums import DispersionOptions
 
 
 def terms_of(embeddings: torch.Tensor, cosine_clamp: float = 0.1) -> DispersionTerms:
-    return set_dispersion(embeddings, temperature=1.0, cosine_clamp=cosine_clamp, norm_epsilon=0.0)
+    return pooled_dispersion(embeddings, group=None, options=DispersionOptions(cosine_clamp=cosine_clamp))
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
@@ -110,4 +111,4 @@ def test_wrong_tensors_are_refused(embeddings: torch.Tensor, message: str) -> No
 )
 def test_settings_out_of_range_are_refused(key: str, value: float) -> None:
     with pytest.raises(ValueError, match=f"^{key}: {value} is not allowed"):
-        dispersion_loss(torch.ones(1, 3, 2), **{key: value})
+        dispersion_loss(torch.ones(1, 3, 2), **{key: value})  # type: ignore[arg-type]

@@ -1,0 +1,377 @@
+"""Losses that are sums over the pairs of a set: value and exact gradient in one sweep.
+
+For vectors x_i = r_i z_i and a symmetric pair function f(i, j) of their inner product and lengths, the sum
+S = sum over i != j of f(i, j) holds every sample twice, as i and as j, with the same derivative. The gradient of one
+row therefore needs the others only as constants, and it is one matrix product:
+
+    dS/dz_i = 2 sum_j A_ij z_j      A_ij = r_i r_j df/dc_ij,   A_ii from the lengths and from x = z / |z|
+
+So ranks that share a set gather it once, each sweeps its own rows, and no collective is left for the backward pass.
+Two matrix products instead of autograd's three, and nothing of size N x N kept for backward.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dispersion_pretrain import angular_kernel
+
+# Pairs held at once by the sweep. A temporary of 1 Mi float32 pairs is 4 MiB: it stays in a processor's cache from
+# step to step (12 % faster than 4 Mi at 4096 embeddings of 1024).
+_PAIRS_PER_BLOCK = 1024 * 1024
+# Rows of a block are a multiple of this, so that the compiled sweep's tiles do not straddle blocks.
+_ROW_MULTIPLE = 64
+
+
+class DispersionOptions(NamedTuple):
+    """Settings of a loss, as `dispersion.dispersion_loss` explains them."""
+
+    variant: str = "angular"
+    temperature: float = 1.0
+    cosine_clamp: float = 0.1
+    angle: Literal["arccos", "atan2"] = "arccos"
+    margin: float = 0.5
+    norm_weight: float = 0.1
+    norm_epsilon: float = 0.0
+
+
+class PairSum(NamedTuple):
+    """A variant whose loss is a mean, or the logarithm of a mean of exponentials, over pairs i != j."""
+
+    # Of cosines: terms(cosine, options) -> f, df/dc. Of squared distances: terms(q, a, options) -> f, df/dq, df/da with
+    # q = |x_i - x_j|^2 and a = |x_i|^2 + |x_j|^2. All elementwise, float32 or float64, (sets, rows, columns).
+    terms: Callable[..., tuple[Tensor, ...]]
+    of: Literal["cosine", "distance"]
+    # unit: x = z / (|z| + epsilon); standardised: the same after each z has lost its mean over features; raw: x = z.
+    vectors: Literal["unit", "standardised", "raw"]
+    logarithm: bool  # the loss is log mean exp(f) rather than mean f
+
+
+class Pool(NamedTuple):
+    """The embeddings of all ranks that share a pool, outside autograd; float32, or float64."""
+
+    z: Tensor  # (sets, N, dim)
+    scale: Tensor  # (sets, N) 1 / (|z| + epsilon); 0 for a vector so short that it has no direction
+    norm: Tensor  # (sets, N) |z|, at least the square root of the smallest number
+    norm_epsilon: float
+
+    @classmethod
+    def of(cls, embeddings: Tensor, norm_epsilon: float) -> Pool:
+        """Make a pool of (sets, N, dim) of any float type."""
+        z = in_full_precision(embeddings)
+        return cls(z, *_unit_scale(z, norm_epsilon), norm_epsilon)
+
+
+class PairSumLoss(torch.autograd.Function):
+    """The sweep in forward; backward only scales what it left."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        embeddings: Tensor,
+        pool: Pool,
+        group: dist.ProcessGroup | None,
+        pair: PairSum,
+        options: DispersionOptions,
+    ) -> tuple[Tensor, Tensor]:
+        """Value of each set and the share of its pairs beyond the clamp.
+
+        Args:
+            embeddings: (sets, n, dim) of this rank.
+            pool: those of all ranks of `group` in order, the same numbers everywhere.
+
+        Returns:
+            (sets,), (sets,), equal on all ranks of the group.
+
+        Collective: one all-reduce over `group`.
+        """
+        num_ranks = 1 if group is None else dist.get_world_size(group)
+        num_rows, num_embeddings = embeddings.shape[1], pool.z.shape[1]
+        first_row = 0 if group is None else dist.get_rank(group) * num_rows
+        num_pairs = num_embeddings * (num_embeddings - 1)
+        with torch.autocast(embeddings.device.type, enabled=False):
+            vectors = _prepare(pool, pair)
+            sweep = _angular_sweep if _has_kernel(vectors, options) else _sweep
+            found = sweep(vectors, slice(first_row, first_row + num_rows), pair, options)
+            own_total = found.value.logsumexp(1) if pair.logarithm else found.value.sum(1)
+            total, clamped = _over_ranks(torch.stack([own_total, found.clamped]), group, pair.logarithm)
+            if pair.logarithm:
+                loss = total - math.log(num_pairs)  # in float64: both are near 10, and their difference below 1
+                factor = torch.exp(found.shift - total[:, None]).to(pool.z.dtype)
+            else:
+                loss = total / num_pairs
+                factor = torch.full_like(found.shift, 1.0 / num_pairs)
+        # 2: a sample is i and j. num_ranks: averaging over the pool's ranks becomes the sum over its rows.
+        factor = factor.mul_(2.0 * num_ranks).unsqueeze(-1)
+        ctx.has_gradient, ctx.is_centred = found.weights is None, pair.vectors == "standardised"
+        ctx.save_for_backward(factor, *([found.gradient] if found.weights is None else [found.weights, embeddings]))
+        ctx.input_dtype = embeddings.dtype
+        clamped_share = (clamped / num_pairs).to(pool.z.dtype)
+        ctx.mark_non_differentiable(clamped_share)
+        return loss.to(pool.z.dtype), clamped_share
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradient of the own rows."""
+        factor, kept, *embeddings = ctx.saved_tensors
+        with torch.autocast(kept.device.type, enabled=False):
+            gradient = kept * (factor * grad_loss[:, None, None])
+            if embeddings:
+                gradient = torch.bmm(gradient, in_full_precision(embeddings[0]))
+            if ctx.is_centred:
+                gradient -= gradient.mean(-1, keepdim=True)
+        return gradient.to(ctx.input_dtype), None, None, None, None
+
+
+def _over_ranks(own: Tensor, group: dist.ProcessGroup | None, logarithm: bool) -> Tensor:
+    """Add (total, count) of each set over the ranks, (2, sets); the total is a logarithm if `logarithm`.
+
+    Collective: one all-reduce. Each rank fills a place of its own with zeros elsewhere: a sum of logarithms would
+    need their maximum first, another round.
+    """
+    if group is None:
+        return own
+    places = own.new_zeros(dist.get_world_size(group), *own.shape)
+    places[dist.get_rank(group)] = own
+    dist.all_reduce(places, group=group)
+    total = places[:, 0].logsumexp(0) if logarithm else places[:, 0].sum(0)
+    return torch.stack([total, places[:, 1].sum(0)])
+
+
+# ---- vectors
+
+
+class _Vectors(NamedTuple):
+    """A pool made ready: what inner products are taken of, and what the gradient is a combination of."""
+
+    basis: Tensor  # (sets, N, dim) z
+    points: Tensor  # (sets, N, dim) whose inner products are taken; often z
+    scale: Tensor  # (sets, N) r
+    along: Tensor  # (sets, N) r / |z|: what x = r z takes off along z; 0 for raw vectors
+    square: Tensor  # (sets, N) |point|^2
+    size: Tensor  # (sets, N) |x|^2
+
+
+def _unit_scale(z: Tensor, norm_epsilon: float) -> tuple[Tensor, Tensor]:
+    """R = 1 / (|z| + epsilon), and |z|, both (..., tokens). r is 0 for a vector so short that it has no direction."""
+    norm = torch.linalg.vector_norm(z, dim=-1)
+    smallest = torch.finfo(z.dtype).tiny ** 0.5  # below it the square of a norm is no normal number any more
+    length = norm + norm_epsilon
+    return torch.where(length <= smallest, torch.zeros_like(length), 1.0 / length), norm.clamp_min(smallest)
+
+
+def in_full_precision(embeddings: Tensor) -> Tensor:
+    """Float32 outside autograd; float64 stays."""
+    z = embeddings.detach()
+    return z if z.dtype == torch.float64 else z.float()
+
+
+def _prepare(pool: Pool, pair: PairSum) -> _Vectors:
+    z, scale, norm, epsilon = pool
+    if pair.vectors == "raw":  # distances do not change with the origin; near the vectors they round less
+        z = z - z.mean(1, keepdim=True)
+        square = z.square().sum(-1)
+        return _Vectors(z, z, torch.ones_like(square), torch.zeros_like(square), square, square)
+    if pair.vectors == "standardised":
+        z = z - z.mean(-1, keepdim=True)
+        scale, norm = _unit_scale(z, epsilon)
+    size = (scale * norm).square()
+    if pair.of == "cosine":
+        return _Vectors(z, z, scale, scale / norm, size, size)
+    points = z * scale.unsqueeze(-1)
+    points = points - points.mean(1, keepdim=True)
+    return _Vectors(z, points, scale, scale / norm, points.square().sum(-1), size)
+
+
+# ---- the sweep in PyTorch
+
+
+class _Found(NamedTuple):
+    value: Tensor  # (sets, rows or groups of them) float64: sum of f over their pairs, or logarithm of that of exp(f)
+    shift: Tensor  # (sets, n): the row's gradient is to be multiplied by exp(shift)
+    clamped: Tensor  # (sets,) float64: own pairs beyond the clamp
+    # Half of dS/dz, or of d(sum of exp(f - shift))/dz: the gradient itself, (sets, n, dim); or the weights A, (sets, N,
+    # N), where a set is whole and N <= dim: they are smaller, and the product can wait for the backward pass.
+    gradient: Tensor | None = None
+    weights: Tensor | None = None
+
+
+def _sweep(vectors: _Vectors, own: slice, pair: PairSum, options: DispersionOptions) -> _Found:
+    """All pairs (own row, any column), in blocks of rows."""
+    num_sets, num_columns, dim = vectors.basis.shape
+    num_rows = own.stop - own.start
+    like = vectors.basis
+    value = like.new_empty(num_sets, num_rows, dtype=torch.float64)
+    clamped = like.new_zeros(num_sets, dtype=torch.float64)
+    shift, gradient = like.new_empty(num_sets, num_rows), like.new_empty(num_sets, num_rows, dim)
+    block_terms = _compiled_block_terms() if like.is_cuda else _block_terms
+    for sets, rows in _blocks(num_sets, num_rows, num_columns, 1):
+        part = _Vectors(*(field[sets] for field in vectors))
+        in_pool = slice(own.start + rows.start, own.start + rows.stop)
+        block = _Vectors(*(field[:, in_pool] for field in part))
+        gram = torch.bmm(block.points, part.points.transpose(1, 2))
+        own_columns = torch.arange(in_pool.start, in_pool.stop, device=like.device)
+        weights, value[sets, rows], shift[sets, rows], beyond = block_terms(
+            gram, block[2:], part[2:], own_columns, pair, options
+        )
+        clamped[sets] += beyond
+        gradient[sets, rows] = torch.bmm(weights, part.basis)
+    return _Found(value, shift, clamped, gradient)
+
+
+def _blocks(num_sets: int, num_rows: int, num_columns: int, multiple: int) -> list[tuple[slice, slice]]:
+    """Blocks (sets, rows) of at most `_PAIRS_PER_BLOCK` pairs: several whole sets, or some rows of one."""
+    sets = max(1, _PAIRS_PER_BLOCK // max(1, num_rows * num_columns))
+    rows = num_rows
+    if num_rows * num_columns > _PAIRS_PER_BLOCK:
+        rows = max(multiple, _PAIRS_PER_BLOCK // num_columns // multiple * multiple)
+    return [
+        (slice(first_set, min(first_set + sets, num_sets)), slice(first_row, min(first_row + rows, num_rows)))
+        for first_set in range(0, num_sets, sets)
+        for first_row in range(0, num_rows, rows)
+    ]
+
+
+def _block_terms(
+    gram: Tensor,
+    row: tuple[Tensor, ...],
+    column: tuple[Tensor, ...],
+    own_columns: Tensor,
+    pair: PairSum,
+    options: DispersionOptions,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Weights and sums of one block.
+
+    Args:
+        gram: (sets, rows, columns) inner products of points.
+        row, column: scale, along, square, size of `_Vectors`, each (sets, rows) and (sets, columns).
+        own_columns: (rows,) the column in which each row meets itself.
+
+    Returns:
+        weights A (sets, rows, columns), values (float64) and shifts (sets, rows), clamped pairs (sets,) float64.
+    """
+    scale, along, square, size = (field.unsqueeze(2) for field in row)
+    column_scale, _, column_square, column_size = (field.unsqueeze(1) for field in column)
+    itself = own_columns[:, None] == torch.arange(gram.shape[2], device=gram.device)
+    if pair.of == "cosine":
+        product = gram * scale * column_scale
+        f, slope = pair.terms(product, options)
+        by_length = torch.zeros_like(slope)
+        beyond = (product.abs() > edge_of_clamp(options, gram.dtype)) & ~itself
+        clamped = beyond.sum((1, 2))
+    else:
+        q = (square + column_square - 2.0 * gram).clamp_min(0.0)
+        a = size + column_size
+        product = 0.5 * (a - q)
+        f, by_distance, by_sum = pair.terms(q, a, options)
+        slope, by_length = -2.0 * by_distance, 2.0 * (by_distance + by_sum)
+        clamped = torch.zeros_like(f[:, 0, 0])
+    zero = torch.zeros_like(f)
+    if pair.logarithm:
+        shift = torch.where(itself, zero - torch.inf, f).amax(2)
+        similarity = torch.where(itself, zero, torch.exp(f - shift.unsqueeze(2)))
+        value = shift.double() + similarity.sum(2).double().log()
+        slope, by_length = slope * similarity, by_length * similarity
+    else:
+        shift, value = torch.zeros_like(f[:, :, 0]), torch.where(itself, zero, f).sum(2).double()
+    slope = torch.where(itself, zero, slope)
+    length_sum = torch.where(itself, zero, by_length).sum(2, keepdim=True)
+    dots = (slope * product).sum(2, keepdim=True) + length_sum * size
+    own = scale.square() * length_sum - along * dots
+    return torch.where(itself, own, slope * scale * column_scale), value, shift, clamped.double()
+
+
+@functools.cache
+def _compiled_block_terms() -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """On a GPU the elementwise part is one kernel; on a CPU `angular_kernel` does it without a minute of compiling."""
+    return torch.compile(_block_terms, dynamic=False)
+
+
+def edge_of_clamp(options: DispersionOptions, dtype: torch.dtype) -> float:
+    """With no clamp a pair of equal directions has slope infinity; the type's own resolution bounds it."""
+    return 1.0 - max(options.cosine_clamp, torch.finfo(dtype).eps)
+
+
+# ---- the angular sweep by the compiled kernel
+
+
+def _has_kernel(vectors: _Vectors, options: DispersionOptions) -> bool:
+    """Whether `angular_kernel` computes this: it keeps no maximum, so exp(-1 / tau) must not underflow."""
+    return (
+        (options.variant, options.angle) == ("angular", "arccos")
+        and options.temperature >= 0.02
+        and vectors.basis.dtype == torch.float32
+        and vectors.basis.device.type == "cpu"
+        and angular_kernel.load() is not None
+    )
+
+
+def _angular_sweep(vectors: _Vectors, own: slice, pair: PairSum, options: DispersionOptions) -> _Found:
+    """`_sweep` of the angular variant; a whole set on this rank is symmetric, and half of its products are saved."""
+    z = vectors.basis
+    num_rows = own.stop - own.start
+    edge = edge_of_clamp(options, z.dtype)
+    sums = angular_kernel.AngularSums(vectors.scale[:, own], vectors.scale, edge=edge, temperature=options.temperature)
+    is_whole = num_rows == z.shape[1]
+    weights = _whole_sets(z, sums) if is_whole and num_rows <= z.shape[2] else None
+    gradient = None
+    if weights is None:
+        gradient = _against_rest(z, sums) if is_whole else _against_pool(z, own, sums)
+    own_weights = -sums.dots * vectors.along[:, own]
+    if weights is not None:
+        weights.diagonal(dim1=1, dim2=2).copy_(own_weights)
+    if gradient is not None:
+        gradient.addcmul_(z[:, own], own_weights.unsqueeze(-1))
+    similarity, clamped = sums.sums.unbind(1)
+    value = torch.log(similarity).unsqueeze(1)  # of all own rows together
+    return _Found(value, torch.zeros_like(own_weights), clamped, gradient, weights)
+
+
+def _whole_sets(z: Tensor, sums: angular_kernel.AngularSums) -> Tensor:
+    """Weights of small sets: the lower left quarter of the inner products is not computed but mirrored."""
+    num_sets, tokens, _ = z.shape
+    middle = tokens // 2 // _ROW_MULTIPLE * _ROW_MULTIPLE
+    weights = z.new_empty(num_sets, tokens, tokens)
+    sets_at_once = max(1, _PAIRS_PER_BLOCK // (tokens * tokens))
+    for first_set in range(0, num_sets, sets_at_once):
+        part = z[first_set : first_set + sets_at_once]
+        for first, last in ((0, middle), (middle, tokens)):
+            if first < last:
+                gram = torch.bmm(part[:, first:last], part[:, first:].transpose(1, 2))
+                target = weights[first_set:, first:, first:]
+                sums.add_rows_against_rest(gram, target, first_set=first_set, first_row=first)
+    return weights
+
+
+def _against_pool(z: Tensor, own: slice, sums: angular_kernel.AngularSums) -> Tensor:
+    """Gradient of own rows against a pool of which they are a part, up to the term along the row itself."""
+    num_sets, num_columns, _ = z.shape
+    gradient = torch.empty_like(z[:, own])
+    for sets, rows in _blocks(num_sets, gradient.shape[1], num_columns, _ROW_MULTIPLE):
+        first = own.start + rows.start
+        weights = torch.bmm(z[sets, first : own.start + rows.stop], z[sets].transpose(1, 2))
+        sums.add_rows_against_pool(weights, first_set=sets.start, first_row=rows.start, diagonal=first)
+        gradient[sets, rows] = torch.bmm(weights, z[sets])
+    return gradient
+
+
+def _against_rest(z: Tensor, sums: angular_kernel.AngularSums) -> Tensor:
+    """Gradient of large sets, each block of rows against itself and the rows after it, up to the term along the row."""
+    num_sets, tokens, _ = z.shape
+    gradient = torch.zeros_like(z)
+    for sets, rows in _blocks(num_sets, tokens, tokens, _ROW_MULTIPLE):
+        part, of_sets = z[sets, rows], gradient[sets]
+        weights = torch.bmm(part, z[sets, rows.start :].transpose(1, 2))
+        sums.add_rows_against_rest(weights, weights, first_set=sets.start, first_row=rows.start)
+        of_sets[:, rows].baddbmm_(weights, z[sets, rows.start :])
+        after = weights[:, :, rows.stop - rows.start :]
+        of_sets[:, rows.stop :].baddbmm_(after.transpose(1, 2), part)
+    return gradient

@@ -9,7 +9,7 @@ import torch
 from transformers import PretrainedConfig
 
 from dispersion_pretrain import distributed, metrics, optim
-from dispersion_pretrain.config import Settings
+from dispersion_pretrain.config import DispersionSettings, Settings
 from dispersion_pretrain.data import (
     Batch,
     BatchStream,
@@ -19,10 +19,11 @@ from dispersion_pretrain.data import (
     read_manifest,
     validation_batches,
 )
+from dispersion_pretrain.dispersion import find_variant
 from dispersion_pretrain.engine import DeepSpeedEngine
 from dispersion_pretrain.layout import BatchLayout
 from dispersion_pretrain.model import ModelSize, build_model, model_config, model_size
-from dispersion_pretrain.objective import DispersionTerm, StepContext, TrainingModule
+from dispersion_pretrain.objective import DispersionTerm, GradientRatioCap, StepContext, TrainingModule, options_of
 
 
 @dataclass
@@ -40,6 +41,7 @@ class RunParts:
     validation_corpus: TokenCorpus
     order: GlobalOrder
     engine: DeepSpeedEngine
+    gradient_cap: GradientRatioCap | None  # of the dispersion term
     totals: metrics.StepTotals = field(default_factory=metrics.StepTotals)
 
     def tokens(self, step: int) -> int:
@@ -66,8 +68,19 @@ class RunParts:
             step=step,
             targets=settings.global_batch_sequences * (settings.data.sequence_length - 1),
             shares=self.layout.world_size * self.layout.accumulation,
-            coefficient=settings.dispersion.coefficient if settings.dispersion else 0.0,
+            coefficient=self.coefficient(step),
+            layers=tuple(self.layers),
         )
+
+    def coefficient(self, step: int) -> float:
+        """Of the dispersion term at the 0-based step: the schedule's, scaled by the cap on gradients; 0: off."""
+        term, training = self.settings.dispersion, self.settings.training
+        if term is None:
+            return 0.0
+        scheduled = optim.dispersion_coefficient(
+            self.tokens(step), settings=term, max_tokens=training.max_tokens, step_tokens=training.global_batch_tokens
+        )
+        return scheduled * (self.gradient_cap.factor if self.gradient_cap else 1.0)
 
     def batches(self, first_step: int) -> BatchStream:
         """This rank's micro-batches from a step on; read ahead in the background."""
@@ -137,7 +150,7 @@ class Plan:
             settings.model, vocabulary=manifest.vocab_size, sequence_length=settings.data.sequence_length
         )
         size = model_size(settings.model, hub_config)
-        layers = settings.dispersion.layer_indices(size.layers) if settings.dispersion else []
+        layers = _check_term(settings.dispersion, size.layers) if settings.dispersion else []
         return cls(manifest, layout, hub_config, size, layers)
 
     def describe(self, settings: Settings) -> str:
@@ -160,17 +173,33 @@ class Plan:
         if term is None or term.coefficient == 0:
             return "\n".join([*lines, "dispersion   off"])
         embeddings = term.pool_sequences * term.tokens_per_sequence
+        kind = term.variant if term.angle == "arccos" else f"{term.variant} ({term.angle})"
         where = (
             f"gathered over {layout.pool_ranks} ranks"
             if layout.pool_ranks > 1
             else f"{layout.pools_per_rank} on each rank"
         )
         lines.append(
-            f"dispersion   {term.coefficient:g} x the mean over {len(self.layers)} layers; pools of "
+            f"dispersion   {term.coefficient:g} x {kind}, mean over {len(self.layers)} layers; pools of "
             f"{term.pool_sequences} sequences x {term.tokens_per_sequence} tokens "
             f"= {embeddings:,} embeddings, {where}"
         )
         return "\n".join(lines)
+
+
+def _check_term(settings: DispersionSettings, num_layers: int) -> list[int]:
+    """The chosen layers. Raises ValueError where the term does not fit the model or is not known."""
+    layers = settings.layer_indices(num_layers)
+    if settings.gradient_ratio_cap is not None and layers[-1] != num_layers:
+        raise ValueError(
+            f"dispersion.gradient_ratio_cap: it is measured at the last hidden state, layer {num_layers}, but "
+            f"dispersion.layers are {layers}. The last layer must be among them. Add it or remove the cap."
+        )
+    try:
+        find_variant(options_of(settings))
+    except ValueError as error:
+        raise ValueError(f"dispersion.{error}") from None
+    return layers
 
 
 def assemble(settings: Settings, device: torch.device) -> RunParts:
@@ -211,4 +240,5 @@ def assemble(settings: Settings, device: torch.device) -> RunParts:
         validation_corpus=TokenCorpus(plan.manifest, "validation", cache=settings.data.cache),
         order=order,
         engine=engine,
+        gradient_cap=term.cap if term is not None else None,
     )

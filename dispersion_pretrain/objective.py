@@ -6,6 +6,7 @@ in evaluation mode it returns what validation and the condensation measurement r
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -14,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dispersion_pretrain.config import DispersionSettings
-from dispersion_pretrain.dispersion import pooled_dispersion
-from dispersion_pretrain.distributed import counter_hash
+from dispersion_pretrain.dispersion import find_variant, pooled_dispersion
+from dispersion_pretrain.distributed import all_reduce_sum, counter_hash
 from dispersion_pretrain.pair_sums import DispersionOptions
 
 
@@ -29,6 +30,7 @@ class LossTerms(NamedTuple):
         Tensor  # scalar: this rank's share of the step's mean, so summed over ranks and micro-steps / their number
     )
     dispersion: Tensor  # scalar: mean over this rank's pools and the chosen layers; 0 where the term is off
+    layer_dispersion: Tensor  # (chosen layers,) the same layer by layer
     mean_cosine: Tensor  # (chosen layers,) unclamped mean cosine within the pools
     clamped_share: Tensor  # (chosen layers,) share of pairs beyond the clamp
 
@@ -48,6 +50,53 @@ class StepContext(NamedTuple):
     targets: float | Tensor  # predicted tokens of the whole global batch; a tensor stays on the device
     shares: int  # world size x accumulation: the engine averages this many contributions
     coefficient: float  # of the dispersion term at this step; 0 skips it on all ranks alike
+    layers: tuple[int, ...] = ()  # that the dispersion term looks at, for messages
+
+
+class GradientRatioCap:
+    """Bounds the norm of the dispersion gradient by a multiple of cross-entropy's, both at the last hidden state.
+
+    Both are known only when a step's backward passes are over, so a step is scaled by what the step before showed; the
+    first step is not scaled. Cross-entropy stands for all that reaches the last hidden state through the head.
+    """
+
+    def __init__(self, cap: float) -> None:
+        """`cap`: largest allowed ratio of the two norms, > 0."""
+        self.cap = cap
+        self.factor = 1.0  # of the next step's coefficient; part of a checkpoint
+        self.ratio = math.nan  # that the last step had, its factor included
+        self._squares: Tensor | None = None  # of this step on this rank: (dispersion, cross-entropy)
+
+    def watch(self, hidden: Tensor, sampled: Tensor, positions: Tensor) -> None:
+        """Note the gradients of one micro-step as they pass.
+
+        Args:
+            hidden: (micro_batch, sequence_length, dim) last hidden state, which the head reads too.
+            sampled: (micro_batch, m, dim) what was gathered from it, at positions (micro_batch, m).
+        """
+        if not hidden.requires_grad:
+            return
+        of_term: list[Tensor] = []
+        sampled.register_hook(of_term.append)  # type: ignore[no-untyped-call]
+
+        def note(gradient: Tensor) -> None:  # of both terms together; the sampled ones have come before
+            own = of_term.pop().float()
+            rest = gradient.float().scatter_add(1, positions.unsqueeze(-1).expand_as(own), -own)
+            squares = torch.stack([own.square().sum(), rest.square().sum()])
+            self._squares = squares if self._squares is None else self._squares + squares
+
+        hidden.register_hook(note)  # type: ignore[no-untyped-call]
+
+    def end_step(self) -> None:
+        """Take the step's ratio and set the factor of the next. Collective: world, one all-reduce of two numbers."""
+        if self._squares is None:  # the term was off
+            return
+        of_dispersion, of_rest = all_reduce_sum(self._squares).sqrt().tolist()
+        self._squares = None
+        self.ratio = of_dispersion / of_rest if of_rest else math.inf
+        unscaled = self.ratio / self.factor
+        if math.isfinite(unscaled) and unscaled > 0:
+            self.factor = min(1.0, self.cap / unscaled)
 
 
 class DispersionTerm(nn.Module):
@@ -62,13 +111,25 @@ class DispersionTerm(nn.Module):
         pools_per_rank: int,
         pool_group: dist.ProcessGroup | None,
     ) -> None:
+        """Set up the term of this rank.
+
+        Args:
+            layers: the chosen hidden states, 1 ... num_layers, ascending.
+            pools_per_rank: whole pools in this rank's micro-batch; 1 where ranks share a pool.
+            pool_group: the ranks that share a pool; None where this rank holds whole pools.
+
+        Raises:
+            ValueError: an unknown variant or an option that does not fit it.
+        """
         super().__init__()
         self.settings = settings
-        self.options = DispersionOptions(**{key: getattr(settings, key) for key in DispersionOptions._fields})
+        self.options = options_of(settings)
         self.layers = layers
         self.seed = seed
         self.pools_per_rank = pools_per_rank
         self.pool_group = pool_group
+        self.cap = None if settings.gradient_ratio_cap is None else GradientRatioCap(settings.gradient_ratio_cap)
+        find_variant(self.options)
 
     # Collectives with host-side group objects: the compiled model stops here, at one boundary behind the last block.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -82,29 +143,28 @@ class DispersionTerm(nn.Module):
             sample_index: (micro_batch,) position of each sequence in the global stream.
 
         Returns:
-            loss: scalar, mean over this rank's pools and the chosen layers;
+            loss: (chosen layers,), mean over this rank's pools;
             mean_cosine, clamped_share: (chosen layers,), detached.
 
         Collective: one all-gather and one all-reduce over the pool's group, for all layers together, when ranks share a
         pool; none in the backward pass.
         """
-        settings = self.settings
-        micro_batch, length, dim = hidden_states[0].shape
+        _, length, dim = hidden_states[0].shape
         layers = torch.tensor(self.layers, device=sample_index.device)
+        num_tokens = self.settings.tokens_per_sequence
         positions = sample_positions(
-            self.seed, step, sample_index, layers, num_tokens=settings.tokens_per_sequence, sequence_length=length
+            self.seed, step, sample_index, layers, num_tokens=num_tokens, sequence_length=length
         )
-        sampled = torch.stack(
-            [
-                hidden_states[layer].gather(1, positions[i].unsqueeze(-1).expand(-1, -1, dim))
-                for i, layer in enumerate(self.layers)
-            ]
-        )  # (layers, micro_batch, m, dim)
-        sets = sampled.reshape(len(self.layers) * self.pools_per_rank, -1, dim)
+        sampled = [
+            hidden_states[layer].gather(1, positions[place].unsqueeze(-1).expand(-1, -1, dim))
+            for place, layer in enumerate(self.layers)
+        ]  # of (micro_batch, m, dim)
+        if self.cap is not None:
+            self.cap.watch(hidden_states[-1], sampled[-1], positions[-1])
+        sets = torch.stack(sampled).reshape(len(self.layers) * self.pools_per_rank, -1, dim)
         terms = pooled_dispersion(sets, group=self.pool_group, options=self.options)
-        mean_cosine = terms.mean_cosine.view(len(self.layers), -1).mean(1)
-        clamped_share = terms.clamped_share.view(len(self.layers), -1).mean(1)
-        return terms.loss.mean(), mean_cosine, clamped_share
+        by_layer = [part.view(len(self.layers), -1).mean(1) for part in terms]
+        return by_layer[0], by_layer[1], by_layer[2]
 
 
 class TrainingModule(nn.Module):
@@ -137,10 +197,18 @@ class TrainingModule(nn.Module):
         empty = cross_entropy.new_zeros(0)
         if term is None:
             zero = cross_entropy.new_zeros(())
-            return LossTerms(cross_entropy, cross_entropy.detach(), zero, empty, empty)
-        dispersion, mean_cosine, clamped_share = term(outputs.hidden_states, sample_index, context.step)
+            return LossTerms(cross_entropy, cross_entropy.detach(), zero, empty, empty, empty)
+        by_layer, mean_cosine, clamped_share = term(outputs.hidden_states, sample_index, context.step)
+        dispersion = by_layer.mean()
         total = cross_entropy + context.coefficient * dispersion
-        return LossTerms(total, cross_entropy.detach(), dispersion.detach(), mean_cosine, clamped_share)
+        return LossTerms(
+            total, cross_entropy.detach(), dispersion.detach(), by_layer.detach(), mean_cosine, clamped_share
+        )
+
+
+def options_of(settings: DispersionSettings) -> DispersionOptions:
+    """What of the settings concerns the loss of a set."""
+    return DispersionOptions(**{key: getattr(settings, key) for key in DispersionOptions._fields})
 
 
 def token_cross_entropy(logits: Tensor, input_ids: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import math
 
 from torch import nn
 
-from dispersion_pretrain.config import OptimizerSettings, ScheduleSettings
+from dispersion_pretrain.config import DispersionSettings, OptimizerSettings, ScheduleSettings
 
 
 def parameter_groups(module: nn.Module, settings: OptimizerSettings) -> list[dict[str, object]]:
@@ -45,3 +45,17 @@ def learning_rate(tokens: int, *, peak: float, schedule: ScheduleSettings, max_t
     progress = min(1.0, max(0.0, (position - start) / max(1, max_tokens - start)))
     shape = 0.5 * (1 + math.cos(math.pi * progress)) if schedule.kind == "cosine" else 1 - progress
     return peak * (schedule.final_ratio + (1 - schedule.final_ratio) * shape)
+
+
+def dispersion_coefficient(tokens: int, *, settings: DispersionSettings, max_tokens: int, step_tokens: int) -> float:
+    """Coefficient lambda of the optimizer step that follows `tokens` seen tokens.
+
+    Linear warm-up over `warmup_tokens`, constant, and linear down to `final_ratio` x peak over the last `decay_tokens`.
+    The warm-up is named after the step's end and the decay after its beginning, so that no step has 0: the term's
+    statistics are never missing.
+    """
+    risen = min(1.0, (tokens + step_tokens) / settings.warmup_tokens) if settings.warmup_tokens else 1.0
+    fallen = 0.0
+    if settings.decay_tokens:
+        fallen = min(1.0, max(0.0, (tokens - (max_tokens - settings.decay_tokens)) / settings.decay_tokens))
+    return settings.coefficient * risen * (1.0 - fallen * (1.0 - settings.final_ratio))

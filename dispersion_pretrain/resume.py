@@ -49,7 +49,7 @@ def save_run(parts: RunParts, step: int) -> float:
     started, settings = time.monotonic(), parts.settings
     staging = checkpoint.staging_folder(settings.run_folder, step)
     parts.engine.save(staging)
-    checkpoint.save_rank_state(staging, {"random": distributed.random_state()})
+    checkpoint.save_rank_state(staging, {"random": distributed.random_state(), "objective": _objective_state(parts)})
     reference = _reference(parts)
     with distributed.failing_together(f"{staging}: cannot write the model's config and reference"):
         if distributed.is_main():
@@ -114,8 +114,16 @@ def resume_run(parts: RunParts, resume: str) -> int:
         return 0
     _refuse_other_run(parts, found)
     parts.engine.load(found.path)
-    distributed.restore_random_state(checkpoint.load_rank_state(found.path)["random"])
+    state = checkpoint.load_rank_state(found.path)
+    distributed.restore_random_state(state["random"])
+    if parts.gradient_cap is not None:
+        parts.gradient_cap.factor = state["objective"].get("gradient_cap_factor", 1.0)
     return found.step
+
+
+def _objective_state(parts: RunParts) -> dict[str, float]:
+    """What the objective carries from step to step."""
+    return {} if parts.gradient_cap is None else {"gradient_cap_factor": parts.gradient_cap.factor}
 
 
 def _refuse_other_run(parts: RunParts, found: checkpoint.CheckpointInfo) -> None:

@@ -51,7 +51,7 @@ def train_step(
         RuntimeError: a loss is not finite on some rank; raised on every rank, before the update.
     """
     micro_steps = engine.gradient_accumulation_steps()
-    sums = torch.zeros(2, device=device)
+    sums = torch.zeros(1 + len(context.layers), device=device)
     for micro_step in range(micro_steps):
         batch = next(batches)
         terms: LossTerms = engine(
@@ -59,14 +59,17 @@ def train_step(
         )
         engine.backward(terms.total)  # the engine divides by the accumulation count
         add_terms(totals, terms)
-        sums += torch.stack([terms.cross_entropy, terms.dispersion])
+        sums[0] += terms.cross_entropy
+        if terms.layer_dispersion.numel():
+            sums[1:] += terms.layer_dispersion
         if micro_step == micro_steps - 1:
-            refuse_non_finite(sums, context.step)
+            refuse_non_finite(sums, context)
         engine.step()
 
 
 def add_terms(totals: metrics.StepTotals, terms: LossTerms) -> None:
     """Add one micro-step to the sums on the device; per-layer vectors go by their place among the chosen layers."""
+    totals.add("total", terms.total)
     totals.add("cross_entropy", terms.cross_entropy)
     totals.add("dispersion", terms.dispersion)
     for name, vector in (("cosine", terms.mean_cosine), ("clamped", terms.clamped_share)):
@@ -74,16 +77,24 @@ def add_terms(totals: metrics.StepTotals, terms: LossTerms) -> None:
             totals.add([f"{name}/{place}" for place in range(vector.numel())], vector)
 
 
-def refuse_non_finite(sums: Tensor, step: int) -> None:
-    """Stop all ranks together if a term of the step, (cross-entropy, dispersion), is not finite. Collective: world."""
-    broken = distributed.all_reduce_sum((~torch.isfinite(sums)).float()).tolist()
-    names = [name for name, count in zip(("cross-entropy", "dispersion"), broken, strict=True) if count]
+def refuse_non_finite(sums: Tensor, context: StepContext) -> None:
+    """Stop all ranks together if a term of the step is not finite.
+
+    Args:
+        sums: (1 + chosen layers,): cross-entropy, then the dispersion term layer by layer.
+
+    Collective: world.
+    """
+    cross_entropy, *by_layer = distributed.all_reduce_sum((~torch.isfinite(sums)).float()).tolist()
+    broken_layers = [str(layer) for layer, count in zip(context.layers, by_layer, strict=True) if count]
+    names = ["cross-entropy"] * bool(cross_entropy)
+    if broken_layers:
+        names.append(f"the dispersion of layer{'s' * (len(broken_layers) > 1)} {', '.join(broken_layers)}")
     if names:
         raise RuntimeError(
-            f"step {step}: {' and '.join(names)} is not finite on {int(max(broken))} of {distributed.world_size()} "
-            "ranks. No update was made. "
-            "Lower optimizer.learning_rate or lengthen schedule.warmup_tokens and start again: the newest checkpoint "
-            "is untouched."
+            f"step {context.step}: {' and '.join(names)} is not finite on {int(max(cross_entropy, *by_layer, 0))} of "
+            f"{distributed.world_size()} ranks. No update was made. Lower optimizer.learning_rate or lengthen "
+            "schedule.warmup_tokens and start again: the newest checkpoint is untouched."
         )
 
 
@@ -122,7 +133,10 @@ def run(settings: Settings, *, resume: str = "auto") -> int:
 
     while step < settings.num_steps:
         parts.engine.set_learning_rate(parts.learning_rate(step))
-        train_step(parts.engine, batches, parts.context(step), parts.totals, device)
+        context = parts.context(step)
+        train_step(parts.engine, batches, context, parts.totals, device)
+        if parts.gradient_cap is not None:
+            parts.gradient_cap.end_step()
         step += 1
         stopping = distributed.any_rank(stop.requested)
         ending = stopping or step == settings.num_steps
@@ -130,7 +144,7 @@ def run(settings: Settings, *, resume: str = "auto") -> int:
         logging = ending or step % settings.logging.every_steps == 0
         saving = step > last_save_step and (ending or save_due(settings, step, last_save_time))
         if logging:
-            log(parts, writer, step, meter.values(step, parts, batches.wait_s))
+            log(parts, writer, step, context.coefficient, meter.values(step, parts, batches.wait_s))
         if logging or saving:
             refuse_spoiled_update(parts.engine.gradient_norm(), step - 1)
         with meter.pause():
@@ -154,12 +168,11 @@ def run(settings: Settings, *, resume: str = "auto") -> int:
     return REQUEUE_EXIT_CODE
 
 
-def log(parts: RunParts, writer: metrics.MetricsWriter, step: int, speed: dict[str, float]) -> None:
+def log(parts: RunParts, writer: metrics.MetricsWriter, step: int, coefficient: float, speed: dict[str, float]) -> None:
     """Write the means of the steps since the last record. Collective: world, one reduction."""
     means = parts.totals.reduce()
-    coefficient = parts.context(step - 1).coefficient
     values = {
-        "loss/total": means["cross_entropy"] + coefficient * means["dispersion"],
+        "loss/total": means["total"],
         "loss/cross_entropy": means["cross_entropy"],
         "grad_norm": parts.engine.gradient_norm(),
         "learning_rate": parts.learning_rate(step - 1),
@@ -172,6 +185,8 @@ def log(parts: RunParts, writer: metrics.MetricsWriter, step: int, speed: dict[s
         for place, layer in enumerate(parts.layers):
             values[f"dispersion/cosine/layer_{layer:02d}"] = means[f"cosine/{place}"]
             values[f"dispersion/clamped_share/layer_{layer:02d}"] = means[f"clamped/{place}"]
+        if parts.gradient_cap is not None:
+            values["dispersion/gradient_ratio"] = parts.gradient_cap.ratio
     writer.write(step, parts.tokens(step), values)
 
 

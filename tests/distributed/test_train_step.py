@@ -48,21 +48,22 @@ class PlainEngine:
 class Slope(nn.Module):
     """loss = weight x mean of the input, so its gradient is that mean."""
 
-    def __init__(self) -> None:
+    def __init__(self, poison: tuple[float, float, float]) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.tensor(2.0))
+        self.poison = poison  # factors of cross-entropy and of the dispersion of two layers
 
     def forward(self, input_ids: Tensor, sample_index: Tensor, context: StepContext) -> LossTerms:
         loss = self.weight * input_ids.float().mean()
+        vector, by_layer = torch.arange(2.0), torch.ones(2)
         if int(sample_index[0]) == int(context.targets):  # the poisoned sample
-            loss = loss * math.nan
-        vector = torch.arange(2.0)
-        return LossTerms(loss, loss.detach(), torch.tensor(0.5), vector, vector * 2)
+            loss, by_layer = loss * self.poison[0], by_layer * torch.tensor(self.poison[1:])
+        return LossTerms(loss, loss.detach(), torch.tensor(0.5), by_layer, vector, vector * 2)
 
 
-def step_on_rank(poisoned: int) -> dict[str, Any]:
+def step_on_rank(poisoned: int, poison: tuple[float, float, float] = (math.nan, 1.0, 1.0)) -> dict[str, Any]:
     rank = dist.get_rank()
-    engine, totals = PlainEngine(Slope()), StepTotals()
+    engine, totals = PlainEngine(Slope(poison)), StepTotals()
     batches = [
         Batch(
             torch.full((1, 4), 10 * rank + k), torch.tensor([MICRO_STEPS * rank + k]), torch.ones(1, dtype=torch.bool)
@@ -71,7 +72,7 @@ def step_on_rank(poisoned: int) -> dict[str, Any]:
     ]
     error = ""
     try:
-        train_step(engine, iter(batches), StepContext(7, poisoned, 6, 0.0), totals, torch.device("cpu"))
+        train_step(engine, iter(batches), StepContext(7, poisoned, 6, 0.0, layers=(3, 8)), totals, torch.device("cpu"))
     except RuntimeError as failure:
         error = str(failure)
     return {
@@ -97,3 +98,16 @@ def test_a_loss_that_is_not_finite_on_one_rank_stops_all_before_the_update(poiso
     for result in run_ranks(step_on_rank, 2, poisoned):
         assert result["updates"] == 0 and result["weight"] == 2.0
         assert "step 7: cross-entropy is not finite on 1 of 2 ranks" in result["error"]
+
+
+@pytest.mark.parametrize(
+    ("poison", "named"),
+    [
+        ((1.0, math.nan, 1.0), "the dispersion of layer 3 is not finite on 1 of 2 ranks"),
+        ((1.0, math.inf, math.nan), "the dispersion of layers 3, 8 is not finite"),
+        ((math.nan, 1.0, -math.inf), "cross-entropy and the dispersion of layer 8 is not finite"),
+    ],
+)
+def test_the_layer_that_is_not_finite_is_named_on_all_ranks(poison: tuple[float, float, float], named: str) -> None:
+    for result in run_ranks(step_on_rank, 2, 4, poison):
+        assert result["updates"] == 0 and named in result["error"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from scipy import stats
 from torch import Tensor
 
 from dispersion_pretrain.config import DispersionSettings, ModelSettings
-from dispersion_pretrain.dispersion import dispersion_loss
+from dispersion_pretrain.dispersion import VARIANTS, dispersion_loss
 from dispersion_pretrain.model import build_model, model_config
 from dispersion_pretrain.objective import (
     DispersionTerm,
@@ -235,7 +236,18 @@ class TestTrainingModule:
                 losses.append(dispersion_loss(drawn[None]))
         assert terms.dispersion.item() == pytest.approx(torch.stack(losses).mean().item(), rel=1e-6)
         assert terms.total.item() == pytest.approx(terms.cross_entropy.item() + 0.7 * terms.dispersion.item(), rel=1e-6)
+        assert terms.layer_dispersion.tolist() == pytest.approx(
+            [torch.stack(pair).mean().item() for pair in (losses[:2], losses[2:])], rel=1e-6
+        )
         assert terms.mean_cosine.shape == terms.clamped_share.shape == (2,)
+
+    @pytest.mark.parametrize("value", [math.nan, math.inf])
+    @pytest.mark.parametrize("variant", VARIANTS)
+    def test_embeddings_that_are_not_finite_show_in_their_layer_alone(self, variant: str, value: float) -> None:
+        hidden = [torch.randn(4, LENGTH, 8) for _ in range(5)]
+        hidden[2][1] = value
+        by_layer, _, _ = term([1, 2, 4], variant=variant)(tuple(hidden), torch.arange(4), 0)
+        assert torch.isfinite(by_layer).tolist() == [True, False, True]
 
     def test_only_the_total_is_differentiable(self) -> None:
         terms, _ = loss_and_gradients(TrainingModule(build("gpt2"), term([1])), 1.0)
@@ -251,7 +263,7 @@ class TestTrainingModule:
     def test_the_term_reaches_the_layers_below_and_none_above(self) -> None:
         model: Any = build("qwen3")
         hidden = model(input_ids=batch(), output_hidden_states=True).hidden_states
-        loss, _, _ = term([2])(hidden, torch.arange(4), 0)
+        (loss,), _, _ = term([2])(hidden, torch.arange(4), 0)
         blocks = model.model.layers
         reached = [
             torch.autograd.grad(loss, block.mlp.up_proj.weight, retain_graph=True, allow_unused=True)[0] is not None
@@ -287,3 +299,60 @@ class TestLayers:
     def test_refused(self, layers: list[int]) -> None:
         with pytest.raises(ValueError, match=r"^dispersion.layers: .* Distinct layers from 1 to 4 are allowed"):
             DispersionSettings(layers=layers).layer_indices(4)
+
+
+class TestGradientRatioCap:
+    @staticmethod
+    def norms(model: Any, coefficient: float) -> tuple[float, float]:
+        """Of the term's and of cross-entropy's gradient at the last hidden state, by autograd; positions of step 2."""
+        outputs = model(input_ids=batch(), output_hidden_states=True)
+        last = outputs.hidden_states[-1]
+        positions = sample_positions(3, 2, torch.arange(4), torch.tensor([4]), num_tokens=6, sequence_length=LENGTH)
+        drawn = last[torch.arange(4)[:, None], positions[0]].reshape(2, 12, -1)
+        dispersion = coefficient * dispersion_loss(drawn) / 2  # of two layers; the other one is no function of the last
+        cross_entropy = token_cross_entropy(outputs.logits, batch()).mean()
+        of_term = torch.autograd.grad(dispersion, last, retain_graph=True)[0].norm()
+        return of_term.item(), torch.autograd.grad(cross_entropy, last)[0].norm().item()
+
+    @pytest.mark.parametrize("recompute", [False, True])
+    @pytest.mark.parametrize("model_type", MODELS)
+    def test_ratio_is_that_of_autograd(self, model_type: str, recompute: bool) -> None:
+        model: Any = build(model_type, recompute=recompute).eval()
+        dispersion = term([2, 4], pools_per_rank=2, gradient_ratio_cap=0.5)
+        cap = dispersion.cap
+        assert cap is not None
+        module = TrainingModule(model, dispersion)
+        module.train().model.eval()
+        module(batch(), torch.arange(4), context(3.0, step=2)).total.backward()
+        cap.end_step()
+        of_term, of_rest = self.norms(model, 3.0)
+        assert cap.ratio == pytest.approx(of_term / of_rest, rel=1e-4)
+        assert cap.factor == pytest.approx(min(1.0, 0.5 * of_rest / of_term), rel=1e-4)
+
+    def test_the_next_step_is_bounded_and_recovers(self) -> None:
+        dispersion = term([4], gradient_ratio_cap=0.01)
+        cap = dispersion.cap
+        assert cap is not None
+        module = TrainingModule(build("qwen3"), dispersion)
+        for coefficient in (50.0, 50.0, 1e-6, 1e-6):  # the same weights and positions each time
+            module(batch(), torch.arange(4), context(coefficient * cap.factor)).total.backward()
+            factor = cap.factor
+            cap.end_step()
+            if coefficient == 50.0:
+                expected = factor == 1.0  # the first one only shows the ratio
+                assert (cap.ratio > 0.1) if expected else (cap.ratio == pytest.approx(0.01, rel=1e-3))
+        assert cap.factor == 1.0
+
+    def test_a_step_without_the_term_changes_nothing(self) -> None:
+        dispersion = term([4], gradient_ratio_cap=0.01)
+        assert dispersion.cap is not None
+        module = TrainingModule(build("gpt2"), dispersion)
+        module(batch(), torch.arange(4), context(0.0)).total.backward()
+        dispersion.cap.end_step()
+        assert dispersion.cap.factor == 1.0 and math.isnan(dispersion.cap.ratio)
+
+    def test_measuring_changes_no_gradient(self) -> None:
+        plain = loss_and_gradients(TrainingModule(build("gpt2"), term([1, 4])), 1.0)
+        capped = loss_and_gradients(TrainingModule(build("gpt2"), term([1, 4], gradient_ratio_cap=0.1)), 1.0)
+        for one, other in zip((*plain[0], *plain[1]), (*capped[0], *capped[1]), strict=True):
+            assert torch.equal(one, other)

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from dispersion_pretrain.config import ModelSettings, OptimizerSettings, ScheduleSettings
+from dispersion_pretrain.config import DispersionSettings, ModelSettings, OptimizerSettings, ScheduleSettings
 from dispersion_pretrain.model import build_model, model_config
-from dispersion_pretrain.optim import learning_rate, parameter_groups
+from dispersion_pretrain.optim import dispersion_coefficient, learning_rate, parameter_groups
 
 PEAK, STEP, TOTAL = 2.0, 10, 1000
 
@@ -132,3 +132,31 @@ class TestSchedules:
             assert value >= PEAK * final_ratio * (1 - 1e-12)
         else:
             assert value > 0
+
+
+class TestDispersionCoefficient:
+    @staticmethod
+    def curve(**settings: Any) -> list[float]:
+        """Of ten steps of 10 tokens."""
+        term = DispersionSettings(coefficient=2.0, **settings)
+        return [
+            dispersion_coefficient(tokens, settings=term, max_tokens=100, step_tokens=10)
+            for tokens in range(0, 100, 10)
+        ]
+
+    def test_constant_by_default(self) -> None:
+        assert self.curve() == [2.0] * 10
+
+    def test_warm_up_is_linear_and_ends_at_the_peak(self) -> None:
+        assert self.curve(warmup_tokens=40) == pytest.approx([0.5, 1.0, 1.5, *[2.0] * 7])
+
+    def test_decay_is_linear_over_the_last_tokens_and_never_zero(self) -> None:
+        assert self.curve(decay_tokens=40) == pytest.approx([*[2.0] * 7, 1.5, 1.0, 0.5])
+        assert self.curve(decay_tokens=20, final_ratio=0.5) == pytest.approx([*[2.0] * 9, 1.5])
+
+    def test_both(self) -> None:
+        assert self.curve(warmup_tokens=20, decay_tokens=80)[:4] == pytest.approx([1.0, 2.0, 2.0, 1.75])
+
+    def test_zero_stays_zero(self) -> None:
+        term = DispersionSettings(coefficient=0.0, warmup_tokens=10)
+        assert dispersion_coefficient(0, settings=term, max_tokens=100, step_tokens=10) == 0.0

@@ -41,7 +41,9 @@ ALLOWED: dict[str, set[str]] = {
     "export": {"checkpoint", "config", "engine", "model", "settings_file"},
     "suites": {"data"},
     "evaluate": {"checkpoint", "config", "data", "export", "provenance", "settings_file", "suites"},
-    "assembly": {"config", "data", "distributed", "engine", "layout", "metrics", "model", "objective", "optim"},
+    "assembly": {
+        "config", "data", "dispersion", "distributed", "engine", "layout", "metrics", "model", "objective", "optim",
+    },
     "resume": {
         "assembly", "checkpoint", "config", "data", "distributed", "evaluate", "export", "metrics", "provenance",
         "settings_file",

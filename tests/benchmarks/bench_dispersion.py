@@ -1,4 +1,4 @@
-"""Time and memory of the dispersion loss, forward and backward, beside autograd and beside its two matrix products.
+"""Time and memory of the dispersion loss, forward and backward, beside autograd and its two matrix products alone.
 
 Run: python tests/benchmarks/bench_dispersion.py [--rounds N] [--threads N]
 """
@@ -12,10 +12,12 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import torch
 from torch import Tensor
 
+from dispersion_pretrain import angular_kernel
 from dispersion_pretrain.dispersion import dispersion_loss
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -34,6 +36,12 @@ def closed_form(embeddings: Tensor) -> None:
     dispersion_loss(embeddings).backward()
 
 
+def without_kernel(embeddings: Tensor) -> None:
+    """The product where no C++ compiler is at hand."""
+    with mock.patch.object(angular_kernel, "load", return_value=None):
+        dispersion_loss(embeddings).backward()
+
+
 def two_products(embeddings: Tensor) -> None:
     """What no exact method can do without: all cosines, and the weighted sum of rows."""
     rows = embeddings.detach()
@@ -43,6 +51,7 @@ def two_products(embeddings: Tensor) -> None:
 CONTENDERS: dict[str, Callable[[Tensor], None]] = {
     "autograd": plain,
     "closed form": closed_form,
+    "in PyTorch": without_kernel,
     "two products": two_products,
 }
 
@@ -54,8 +63,8 @@ def make_embeddings(shape: tuple[int, int, int]) -> Tensor:
     return (noise + 3.0 * torch.randn(shape[-1], generator=generator)).requires_grad_()
 
 
-def milliseconds(shape: tuple[int, int, int], rounds: int) -> dict[str, float]:
-    """Medians; the contenders take turns, so that a slow moment of the machine hits all alike."""
+def milliseconds(shape: tuple[int, int, int], rounds: int) -> dict[str, list[float]]:
+    """Of each round; the contenders take turns, so that a slow moment of the machine hits all alike."""
     embeddings = make_embeddings(shape)
     times: dict[str, list[float]] = {name: [] for name in CONTENDERS}
     for round_number in range(rounds + 2):
@@ -65,7 +74,12 @@ def milliseconds(shape: tuple[int, int, int], rounds: int) -> dict[str, float]:
             if round_number >= 2:
                 times[name].append(1e3 * (time.perf_counter() - start))
             embeddings.grad = None
-    return {name: statistics.median(values) for name, values in times.items()}
+    return times
+
+
+def median_ratio(times: dict[str, list[float]], one: str, other: str) -> float:
+    """Median over the rounds of the ratio within a round."""
+    return statistics.median(a / b for a, b in zip(times[one], times[other], strict=True))
 
 
 def memory_of(field: str) -> float:
@@ -104,15 +118,19 @@ def main() -> None:
         f"torch {torch.__version__}, {arguments.threads} threads, float32; "
         f"medians of {arguments.rounds} interleaved rounds; memory: peak over the input"
     )
-    print(
-        f"{'sets, tokens, dim':>20}"
-        + "".join(f"{name + ' ms':>18}{'MiB':>8}" for name in CONTENDERS)
-        + f"{'speed-up':>10}"
-    )
+    heads = "".join(f"{name + ' ms':>16}{'MiB':>6}" for name in CONTENDERS)
+    print(f"{'sets, tokens, dim':>18}{heads}{'speed-up':>10}{'/ products':>12}{'memory':>8}")
     for shape in SHAPES:
         times = milliseconds(shape, arguments.rounds)
-        cells = "".join(f"{times[name]:18.1f}{peak_mib(name, shape, arguments.threads):8.0f}" for name in CONTENDERS)
-        print(f"{str(shape):>20}{cells}{times['autograd'] / times['closed form']:10.2f}", flush=True)
+        memory = {name: peak_mib(name, shape, arguments.threads) for name in CONTENDERS}
+        cells = "".join(f"{statistics.median(times[name]):16.1f}{memory[name]:6.0f}" for name in CONTENDERS)
+        print(
+            f"{str(shape):>18}{cells}{median_ratio(times, 'autograd', 'closed form'):10.2f}"
+            f"{median_ratio(times, 'closed form', 'two products'):12.2f}"
+            f"{'1/' + format(memory['autograd'] / memory['closed form'], '.1f'):>8}",
+            flush=True,
+        )
+    print("speed-up, / products: medians of ratios within a round. memory: the closed form's over autograd's.")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from dispersion_pretrain.model import build_model, model_config
 from dispersion_pretrain.objective import DispersionTerm, StepContext, TrainingModule
 from dispersion_pretrain.optim import parameter_groups
 
+GPT2 = {"model_type": "gpt2", "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 TINY = Path(__file__).resolve().parents[2] / "configs" / "models" / "gpt2_tiny.yaml"
 
 
@@ -38,11 +39,8 @@ class Case:
 
 CASES = [
     Case("gpt2_tiny, L=256, 8 seq, P=8, m=64", yaml.safe_load(TINY.read_text()), 8192, 256, 8, 8, 64),
-    Case(
-        "gpt2_small x 4 layers, L=512, 4 seq, P=1, m=256",
-        {"model_type": "gpt2", "n_layer": 4, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
-        50257, 512, 4, 1, 256,
-    ),
+    Case("gpt2_small x 4 layers, L=512, 4 seq, P=1, m=256", {**GPT2, "n_layer": 4}, 50257, 512, 4, 1, 256),
+    Case("gpt2_small, L=512, 4 seq, P=1, m=256", GPT2, 50257, 512, 4, 1, 256),
 ]  # fmt: skip
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -31,7 +33,7 @@ def cubed_cosine(cosine: Tensor, options: DispersionOptions) -> tuple[Tensor, Te
     return cosine**3 / options.temperature, 3 * cosine**2 / options.temperature
 
 
-OWN = {
+OWN: dict[str, PairSum | Callable[[Tensor, DispersionOptions], Tensor]] = {
     "log_determinant": log_determinant,
     "cubed_cosine": PairSum(cubed_cosine, of="cosine", vectors="unit", logarithm=False),
 }

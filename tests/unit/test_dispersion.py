@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -105,6 +106,11 @@ def test_wrong_tensors_are_refused(embeddings: torch.Tensor, message: str) -> No
         ("cosine_clamp", -0.1),
         ("cosine_clamp", 1.0),
         ("cosine_clamp", math.nan),
+        ("temperature", math.inf),
+        ("margin", 0.0),
+        ("margin", 1.5),
+        ("norm_weight", -0.1),
+        ("norm_weight", math.inf),
         ("norm_epsilon", -1e-3),
         ("norm_epsilon", math.nan),
     ],
@@ -112,3 +118,62 @@ def test_wrong_tensors_are_refused(embeddings: torch.Tensor, message: str) -> No
 def test_settings_out_of_range_are_refused(key: str, value: float) -> None:
     with pytest.raises(ValueError, match=f"^{key}: {value} is not allowed"):
         dispersion_loss(torch.ones(1, 3, 2), **{key: value})  # type: ignore[arg-type]
+
+
+def test_unknown_names_are_refused_with_the_known_ones() -> None:
+    sets = torch.ones(1, 3, 2)
+    with pytest.raises(ValueError, match=r"^variant: 'angualr' is not known\. .*angular, decorrelation, l2_repel"):
+        dispersion_loss(sets, variant="angualr")
+    with pytest.raises(ValueError, match=r"^angle: 'arcsin' is not known\. arccos and atan2 are allowed"):
+        dispersion_loss(sets, angle="arcsin")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("variant", ["decorrelation", "l2_repel", "infonce_cosine", "infonce_l2"])
+def test_atan2_is_refused_where_there_are_no_angles(variant: str) -> None:
+    with pytest.raises(ValueError, match=f"^angle: atan2 has no meaning for {variant}"):
+        dispersion_loss(torch.ones(1, 3, 2), variant=variant, angle="atan2")
+
+
+# Worked out by hand: two pairs of vectors, one at 60 degrees and one at a right angle.
+SIXTY = torch.tensor([[[2.0, 0.0], [1.0, math.sqrt(3.0)]]])
+RIGHT = torch.tensor([[[1.0, 0.0], [0.0, 3.0]]])
+
+
+@pytest.mark.parametrize(
+    ("options", "sixty", "right"),
+    [
+        ({"variant": "angular"}, -1 / 3, -1 / 2),
+        ({"variant": "angular", "angle": "atan2", "temperature": 0.5}, -2 / 3, -1.0),
+        ({"variant": "orthogonalization"}, (1 / 6) ** 2, 0.0),
+        ({"variant": "orthogonalization", "angle": "atan2", "margin": 0.75}, (5 / 12) ** 2, (1 / 4) ** 2),
+        ({"variant": "infonce_cosine", "temperature": 0.5}, 1.0, 0.0),
+        ({"variant": "infonce_l2"}, -4.0, -10.0),
+        ({"variant": "infonce_l2", "temperature": 0.01}, -400.0, -1000.0),  # exp of it is no float32
+        ({"variant": "l2_repel", "norm_weight": 0.5}, -4.0 + 0.5 * 8 / 4, -10.0 + 0.5 * 10 / 4),
+        ({"variant": "decorrelation"}, 1.0, 1.0),  # two features: all there is after centring is a sign
+    ],
+    ids=str,
+)
+def test_known_values(options: dict[str, Any], sixty: float, right: float) -> None:
+    assert dispersion_loss(SIXTY, **options).item() == pytest.approx(sixty, abs=1e-5)
+    assert dispersion_loss(RIGHT, **options).item() == pytest.approx(right, rel=1e-5, abs=1e-5)
+
+
+def test_decorrelation_is_the_squared_correlation_of_standardised_tokens() -> None:
+    sets = torch.randn(2, 5, 7, generator=torch.Generator().manual_seed(3)) * 3 + 1
+    correlation = torch.stack([torch.corrcoef(one) for one in sets])
+    expected = correlation[:, ~torch.eye(5, dtype=torch.bool)].square().mean()
+    assert dispersion_loss(sets, variant="decorrelation").item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_the_gradient_of_atan2_does_not_fade_where_the_clamp_makes_it() -> None:
+    generator = torch.Generator().manual_seed(0)
+    common, noise = torch.randn(8, generator=generator), torch.randn(1, 12, 8, generator=generator)
+    norms = {}
+    for angle in ("arccos", "atan2"):
+        for spread in (0.3, 0.01):
+            leaf = (common + spread * noise).requires_grad_()
+            (gradient,) = torch.autograd.grad(dispersion_loss(leaf, angle=angle), leaf)
+            norms[angle, spread] = gradient.norm().item()
+    assert norms["atan2", 0.01] > 0.7 * norms["atan2", 0.3]
+    assert norms["arccos", 0.01] < 0.2 * norms["arccos", 0.3]

@@ -202,6 +202,19 @@ def _check_term(settings: DispersionSettings, num_layers: int) -> list[int]:
     return layers
 
 
+def dispersion_term(settings: Settings, layout: BatchLayout, layers: list[int]) -> DispersionTerm | None:
+    """The term of this rank in this layout; None where its section is off. Collective: world, to make pool groups."""
+    if settings.dispersion is None:
+        return None
+    return DispersionTerm(
+        settings.dispersion,
+        layers=layers,
+        seed=settings.run.seed,
+        pools_per_rank=layout.pools_per_rank,
+        pool_group=distributed.pool_groups(layout.pool_ranks),
+    )
+
+
 def assemble(settings: Settings, device: torch.device) -> RunParts:
     """Build model, engine and data of a run on this rank.
 
@@ -216,15 +229,7 @@ def assemble(settings: Settings, device: torch.device) -> RunParts:
     order = corpus.order(settings.data.shuffle, settings.run.seed)
     distributed.seed_everything(settings.run.seed)  # every rank builds the same weights
     model = build_model(settings.model, plan.hub_config)
-    term = None
-    if settings.dispersion is not None:
-        term = DispersionTerm(
-            settings.dispersion,
-            layers=plan.layers,
-            seed=settings.run.seed,
-            pools_per_rank=plan.layout.pools_per_rank,
-            pool_group=distributed.pool_groups(plan.layout.pool_ranks),
-        )
+    term = dispersion_term(settings, plan.layout, plan.layers)
     engine = DeepSpeedEngine(TrainingModule(model, term), settings, plan.layout)
     engine.train()
     distributed.seed_dropout(settings.run.seed)

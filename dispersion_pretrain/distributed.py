@@ -5,6 +5,7 @@ Without a process group everything works as a world of one rank.
 
 from __future__ import annotations
 
+import functools
 import os
 import random
 from collections.abc import Callable, Iterator
@@ -155,7 +156,8 @@ def from_main(action: str, function: Callable[[], T]) -> T:
 def pool_groups(pool_size_in_ranks: int) -> dist.ProcessGroup | None:
     """Split the world into groups of `pool_size_in_ranks` consecutive ranks and return the one of this rank.
 
-    Collective: world; every rank creates all groups in the same order. Call it once: groups cost memory.
+    Collective: world; every rank creates all groups in the same order. Groups cost memory: a second call returns the
+    same ones.
 
     Returns:
         None when a pool is one rank (nothing to communicate), the default group when it is the whole world.
@@ -174,13 +176,33 @@ def pool_groups(pool_size_in_ranks: int) -> dist.ProcessGroup | None:
         return None
     if pool_size_in_ranks == world:
         return dist.group.WORLD
+    return _consecutive_group(dist.group.WORLD, pool_size_in_ranks)
+
+
+@functools.cache
+def _consecutive_group(_: dist.ProcessGroup, size: int) -> dist.ProcessGroup | None:
+    """The group of `size` consecutive ranks of this world to which this rank belongs."""
     own = None
-    for first in range(0, world, pool_size_in_ranks):
-        members = list(range(first, first + pool_size_in_ranks))
+    for first in range(0, world_size(), size):
+        members = list(range(first, first + size))
         group = dist.new_group(members)
         if rank() in members:
             own = group
     return own
+
+
+@contextmanager
+def without_process_group() -> Iterator[None]:
+    """Let a block find no process group, as a world of one rank: for a reference on which ranks can have no say.
+
+    No collectives inside. The group is back at the end.
+    """
+    world = dist.group.WORLD
+    dist.group.WORLD = None
+    try:
+        yield
+    finally:
+        dist.group.WORLD = world
 
 
 def _numpy() -> ModuleType | None:

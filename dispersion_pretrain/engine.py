@@ -15,6 +15,7 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed.utils import logger as deepspeed_logger
+from deepspeed.utils import safe_get_full_grad
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from torch import Tensor, nn
 
@@ -128,13 +129,33 @@ class DeepSpeedEngine:
 
     def step(self) -> None:
         """End a micro-step; the last one of the accumulation clips and updates."""
-        if not self._records_norm and self._engine.is_gradient_accumulation_boundary():
+        if not self._records_norm and self.ends_step():
             gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
             self._own_norm = torch.nn.utils.get_total_norm(gradients)
         self._engine.step()
 
     def gradient_accumulation_steps(self) -> int:
         return int(self._engine.gradient_accumulation_steps())
+
+    def ends_step(self) -> bool:
+        """Whether the micro-step at hand is the last of the accumulation. No collective."""
+        return bool(self._engine.is_gradient_accumulation_boundary())
+
+    def full_gradients(self) -> dict[str, Tensor]:
+        """Whole gradients as ZeRO holds them before clipping and update, by parameter name; float32 copies.
+
+        To be called between the last backward pass of a step and its `step`. A parameter without a gradient has zeros.
+        """
+        gradients = {}
+        for name, parameter in self.module.named_parameters():
+            gradient = safe_get_full_grad(parameter)
+            shape = getattr(parameter, "ds_shape", parameter.shape)
+            gradients[name] = (
+                torch.zeros(shape, device=parameter.device)
+                if gradient is None
+                else gradient.detach().to(torch.float32, copy=True).view(shape)
+            )
+        return gradients
 
     def gradient_norm(self) -> float:
         """Global gradient norm of the last update, before clipping."""
@@ -147,6 +168,10 @@ class DeepSpeedEngine:
 
     def train(self, mode: bool = True) -> None:
         self._engine.train(mode)
+
+    def close(self) -> None:
+        """Take DeepSpeed's hooks off the module, so that its memory is freed with the last reference. No use after."""
+        self._engine.destroy()
 
     def save(self, folder: Path) -> None:
         """Write weights and optimizer state, each rank its part, under `folder`."""

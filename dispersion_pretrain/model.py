@@ -139,3 +139,28 @@ def model_size(settings: ModelSettings, config: PretrainedConfig) -> ModelSize:
 def load_exported(folder: str | Path, *, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """Load a Hugging Face folder or name for measuring, in evaluation mode on the CPU."""
     return AutoModelForCausalLM.from_pretrained(str(folder), dtype=dtype).eval()
+
+
+# Sizes of `tiny_fields`, by transformers' own names; each family maps them to its names or has no such field.
+TINY_VOCABULARY = 64
+_TINY_SIZES = {
+    "num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
+    "intermediate_size": 48, "max_position_embeddings": 64, "vocab_size": TINY_VOCABULARY,
+}  # fmt: skip
+
+
+def tiny_fields(config: PretrainedConfig) -> dict[str, Any]:
+    """Fields for `model.config` of a model of the same family with about 20,000 parameters and no dropout.
+
+    2 layers of width 32, vocabulary 64, 64 positions; all else is the family's default, but tied embeddings stay as
+    they are: an engine treats them differently.
+    """
+    family = type(config)()
+    names = family.to_dict()
+    fields: dict[str, Any] = {"model_type": config.model_type, "tie_word_embeddings": config.tie_word_embeddings}
+    for name, value in _TINY_SIZES.items():
+        if family.attribute_map.get(name, name) in names:
+            fields[family.attribute_map.get(name, name)] = value
+    fields |= {name: 0.0 for name in names if "dropout" in name or name.endswith("pdrop")}
+    # Special tokens lie beyond a vocabulary of 64.
+    return fields | {name: None for name in ("bos_token_id", "eos_token_id", "pad_token_id") if name in names}

@@ -72,8 +72,11 @@ def main() -> int:
             if is_first:
                 print(plan.describe(settings))
             return 0
+        from dispersion_pretrain.doctor import refuse_wrong_gradients
         from dispersion_pretrain.train import run
 
+        if settings.run.doctor:
+            refuse_wrong_gradients(settings)
         return run(settings, resume=arguments.resume)
     except (ValueError, RuntimeError) as error:
         if not _is_ours(error):

@@ -52,6 +52,11 @@ ALLOWED: dict[str, set[str]] = {
         "assembly", "checkpoint", "condensation", "config", "data", "distributed", "engine", "evaluate",
         "metrics", "model", "objective", "optim", "resume",
     },
+    "doctor": {
+        "assembly", "config", "data", "distributed", "engine", "layout", "metrics", "model", "objective",
+        "settings_file", "train",
+    },
+    "machine": {"assembly", "config", "distributed", "engine", "provenance"},
     "run_folder": {"condensation", "metrics"},
     "figures": {"condensation", "run_folder"},
     "report": {"condensation", "figures", "run_folder"},

@@ -10,6 +10,7 @@ import os
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar, cast
 
@@ -151,6 +152,16 @@ def from_main(action: str, function: Callable[[], T]) -> T:
         if is_main():
             result = function()
     return cast(T, broadcast_object(result))
+
+
+def is_own_error(error: BaseException) -> bool:
+    """Whether this package raised it, with a message for its user; for a library's own error the traceback is what
+    helps.
+    """
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and "dispersion_pretrain" in Path(trace.tb_frame.f_code.co_filename).parts
 
 
 def pool_groups(pool_size_in_ranks: int) -> dist.ProcessGroup | None:

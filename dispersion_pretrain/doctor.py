@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional
+from transformers import PretrainedConfig
 
 from dispersion_pretrain import distributed
 from dispersion_pretrain.assembly import Plan, dispersion_term
@@ -95,17 +96,18 @@ def factor_name(length: float, layout: BatchLayout) -> str | None:
         ("W", ranks, f"W = {ranks} ranks"),
         ("accumulation", steps, f"accumulation = {steps} micro-steps"),
         ("(W accumulation)", ranks * steps, f"W = {ranks} ranks, accumulation = {steps}"),
-        ("(ranks of a pool)", layout.pool_ranks, f"{layout.pool_ranks} ranks share a pool"),
         ("(pools)", pools, f"{pools} pools a micro-step"),
-        ("(pools of a rank)", layout.pools_per_rank, f"{layout.pools_per_rank} pools a rank"),
-        ("2", 2, ""),
     ]
+    if 1 < layout.pool_ranks < ranks:
+        counts.append(("(ranks of a pool)", layout.pool_ranks, f"{layout.pool_ranks} ranks share a pool"))
+    if 1 < layout.pools_per_rank < pools:
+        counts.append(("(pools of a rank)", layout.pools_per_rank, f"{layout.pools_per_rank} pools a rank"))
     found = []
-    for name, count, meaning in counts:
+    for name, count, meaning in [*counts, ("2", 2, "")]:
         for text, factor in ((f"1/{name}", 1 / count), (f"x {name.strip('()')}", float(count))):
             if count > 1 and abs(length / factor - 1) < 0.01:
                 found.append(f"{text} ({meaning})" if meaning else text)
-    return " or ".join(found) or None
+    return " or ".join(found[:-1] if len(found) > 1 and found[-1] in ("1/2", "x 2") else found) or None
 
 
 @dataclass(frozen=True)
@@ -134,7 +136,9 @@ class Proof:
 _TINY_MODEL_FAILED = "doctor: a tiny model of this family fails in one process; run.doctor=false starts without it"
 
 
-def prove_gradients(settings: Settings, plan: Plan, device: torch.device) -> Proof:
+def prove_gradients(
+    settings: Settings, layout: BatchLayout, hub_config: PretrainedConfig, device: torch.device
+) -> Proof:
     """Take the gradient of each term of the objective through the engine and in one process, and compare.
 
     Left out are noise, forgetting, distillation and the bound of the coefficient. Random generators, the default type
@@ -147,18 +151,18 @@ def prove_gradients(settings: Settings, plan: Plan, device: torch.device) -> Pro
     """
     started = time.monotonic()
     with undisturbed():
-        tiny = tiny_settings(settings, plan)
-        layout = BatchLayout.derive(tiny, plan.layout.world_size)
+        tiny = tiny_settings(settings, layout, hub_config)
+        tiny_layout = BatchLayout.derive(tiny, layout.world_size)
         reference = distributed.from_main(_TINY_MODEL_FAILED, lambda: one_process(tiny, device))
-        found = through_engine(tiny, layout, device)
+        found = through_engine(tiny, tiny_layout, device)
         with distributed.failing_together("doctor: comparison of gradients"):
             own = [compare(term, found[term], gradients) for term, gradients in reference.items()]
     by_rank = distributed.gather_objects(own)
     return Proof(
         comparisons=[max(of_term, key=_distance) for of_term in zip(*by_rank, strict=True)],
         bound=_BOUNDS[settings.model.precision],
-        layout=layout,
-        accumulation=plan.layout.accumulation,
+        layout=tiny_layout,
+        accumulation=layout.accumulation,
         seconds=time.monotonic() - started,
     )
 
@@ -183,7 +187,8 @@ def refuse_wrong_gradients(settings: Settings) -> None:
         RuntimeError: the gradient of a term is not the reference's; the same on every rank.
     """
     device = start_distributed()
-    proof = prove_gradients(settings, Plan.make(settings, distributed.world_size()), device)
+    plan = Plan.make(settings, distributed.world_size())
+    proof = prove_gradients(settings, plan.layout, plan.hub_config, device)
     if proof.faults:
         raise RuntimeError(
             f"doctor: {'; '.join(proof.faults)}. Length and direction of the gradient of one process are needed, "
@@ -279,12 +284,12 @@ def contexts(tiny: Settings, layout: BatchLayout) -> dict[str, StepContext]:
     return found
 
 
-def tiny_settings(settings: Settings, plan: Plan) -> Settings:
+def tiny_settings(settings: Settings, layout: BatchLayout, hub_config: PretrainedConfig) -> Settings:
     """The run's settings with a tiny model and batch: the same ranks, ZeRO, precision and way of dealing out pools.
 
     Accumulation is at most 4, and torch.compile is left out: a minute that says nothing about factors.
     """
-    layout, term = plan.layout, settings.dispersion
+    term = settings.dispersion
     if term is not None and term.coefficient == 0:
         term = None
     if layout.pool_ranks > 1:
@@ -294,7 +299,7 @@ def tiny_settings(settings: Settings, plan: Plan) -> Settings:
         pool = min(term.pool_sequences if term else 1, _MAXIMUM_SEQUENCES)
         micro_batch = pool * min(layout.pools_per_rank, _MAXIMUM_SEQUENCES)
     batch_tokens = layout.world_size * micro_batch * min(layout.accumulation, _MAXIMUM_ACCUMULATION) * SEQUENCE_LENGTH
-    model = settings.model.model_dump() | {"config": tiny_fields(plan.hub_config), "pretrained": None, "compile": False}
+    model = settings.model.model_dump() | {"config": tiny_fields(hub_config), "pretrained": None, "compile": False}
     dispersion = None
     if term is not None:
         dispersion = term.model_dump() | {

@@ -14,6 +14,8 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.runtime.zero import parameter_offload
+from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from deepspeed.utils import logger as deepspeed_logger
 from deepspeed.utils import safe_get_full_grad
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
@@ -170,8 +172,15 @@ class DeepSpeedEngine:
         self._engine.train(mode)
 
     def close(self) -> None:
-        """Take DeepSpeed's hooks off the module, so that its memory is freed with the last reference. No use after."""
+        """Take DeepSpeed's hold off the module, so that its memory is freed with the last reference. No use after."""
         self._engine.destroy()
+        # ZeRO-3 leaves the model in two places of the library: a stack of root modules and the cache of a method.
+        roots = getattr(parameter_offload, "FWD_MODULE_STACK", [])
+        roots[:] = [root for root in roots if root is not self.module]
+        method = getattr(PartitionedParameterCoordinator, "_PartitionedParameterCoordinator__params_to_release", None)
+        for cell in getattr(method, "__closure__", None) or ():
+            if hasattr(cell.cell_contents, "cache_clear"):
+                cell.cell_contents.cache_clear()
 
     def save(self, folder: Path) -> None:
         """Write weights and optimizer state, each rank its part, under `folder`."""

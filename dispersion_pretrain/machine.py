@@ -66,8 +66,8 @@ def describe_machine(settings: Settings, plan: Plan, device: torch.device) -> st
             f"bandwidth    {received / seconds / 1e9:,.2f} GB/s for the all-gather of a pool of {members} ranks, "
             f"{seconds * 1e3:,.2f} ms",
             f"             each receives {received:,} bytes = {len(plan.layers)} layers x {tokens:,} tokens x width "
-            f"{plan.size.width:,} x {kind.itemsize} bytes x {members - 1} other ranks; {received * layout.accumulation:,}"
-            " bytes a step",
+            f"{plan.size.width:,} x {kind.itemsize} bytes x {members - 1} other ranks; "
+            f"{received * layout.accumulation:,} bytes a step",
         ]
     return "\n".join(lines)
 

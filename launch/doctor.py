@@ -30,6 +30,10 @@ def main() -> int:
         print_machine(settings)
         refuse_wrong_gradients(settings)
     except (ValueError, RuntimeError) as error:
+        from dispersion_pretrain.distributed import is_own_error
+
+        if not is_own_error(error):
+            raise
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr, flush=True)
         return 1

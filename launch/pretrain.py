@@ -43,16 +43,6 @@ def parse_arguments() -> argparse.Namespace:
     return arguments
 
 
-def _is_ours(error: BaseException) -> bool:
-    """Whether this program raised it, with a message for its user; for a library's own error the traceback is what
-    helps.
-    """
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    return trace is not None and "dispersion_pretrain" in Path(trace.tb_frame.f_code.co_filename).parts
-
-
 def main() -> int:
     arguments = parse_arguments()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
@@ -79,7 +69,9 @@ def main() -> int:
             refuse_wrong_gradients(settings)
         return run(settings, resume=arguments.resume)
     except (ValueError, RuntimeError) as error:
-        if not _is_ours(error):
+        from dispersion_pretrain.distributed import is_own_error
+
+        if not is_own_error(error):
             raise
         rank = os.environ.get("RANK", "0")
         print(f"error (rank {rank}): {error}" if not is_first else f"error: {error}", file=sys.stderr, flush=True)

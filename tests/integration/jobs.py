@@ -65,7 +65,12 @@ def free_port() -> int:
 
 def pretrain_command(config: Path, *arguments: str, ranks: int = 2, launcher: str = "deepspeed") -> list[str]:
     """The main job as README gives it."""
-    script = [str(ROOT / "launch" / "pretrain.py"), "--config", str(config), *arguments]
+    return command("pretrain", config, *arguments, ranks=ranks, launcher=launcher)
+
+
+def command(name: str, config: Path, *arguments: str, ranks: int = 2, launcher: str = "deepspeed") -> list[str]:
+    """A script of launch/ that runs on ranks."""
+    script = [str(ROOT / "launch" / f"{name}.py"), "--config", str(config), *arguments]
     binaries = Path(sys.executable).parent
     if launcher == "deepspeed":
         port = ["--master_port", str(free_port())]

@@ -38,7 +38,7 @@ class RunSettings(_Section):
         0, ge=0, lt=2**31, description="initial weights, data order, dropout, positions of the dispersion term"
     )
     doctor: bool = Field(
-        True, description="before step 0, compare gradients through the engine with a one-process reference"
+        True, description="before each start, compare gradients through the engine with a one-process reference"
     )
 
 

@@ -62,7 +62,7 @@ def shortened(words: list[str]) -> list[str]:
     if words[0] not in RUN_FOLDERS:
         return words
     words = [words[0], "--master_port", str(free_port()), *words[1:]]
-    if "--dry-run" in words or "--print-config" in words:
+    if {"--dry-run", "--print-config", "launch/doctor.py"} & set(words):
         return words
     named = any(word.startswith("run.") for word in words)
     return [*words, *SHORT, *([] if named else [f"run.folder={RUN_FOLDERS[words[0]]}"])]

@@ -11,6 +11,7 @@ from torch import Tensor
 from dispersion_pretrain import distributed
 from dispersion_pretrain.config import Settings
 from dispersion_pretrain.data import Batch
+from dispersion_pretrain.doctor import GradientWatch
 from dispersion_pretrain.engine import DeepSpeedEngine, start_distributed
 from dispersion_pretrain.layout import BatchLayout
 from dispersion_pretrain.metrics import StepTotals
@@ -93,20 +94,6 @@ def reference() -> dict[str, Any]:
     return {"losses": losses, "norms": norms, "gradients": gradients}
 
 
-class WatchingEngine(DeepSpeedEngine):
-    """Keeps the full gradients of the first step, as ZeRO holds them before the update."""
-
-    gradients: dict[str, Tensor]
-
-    def step(self) -> None:
-        from deepspeed.utils import safe_get_full_grad
-
-        if not hasattr(self, "gradients") and self._engine.is_gradient_accumulation_boundary():
-            named = list(self.module.named_parameters())
-            self.gradients = {name: safe_get_full_grad(parameter).clone() for name, parameter in named}
-        super().step()
-
-
 def through_deepspeed(stages: list[int], accumulations: list[int]) -> dict[tuple[int, int], dict[str, Any]]:
     """Every combination in one pair of processes: starting them takes longer than the steps."""
     device = start_distributed()
@@ -116,15 +103,17 @@ def through_deepspeed(stages: list[int], accumulations: list[int]) -> dict[tuple
             settings = settings_for(stage, accumulation, distributed.world_size())
             layout = BatchLayout.derive(settings, distributed.world_size())
             assert layout.accumulation == accumulation
-            engine = WatchingEngine(build_module(settings, layout), settings, layout)
+            engine = GradientWatch(DeepSpeedEngine(build_module(settings, layout), settings, layout))
             losses, norms, totals = [], [], StepTotals()
+            gradients: dict[str, Tensor] = {}
             for step in range(STEPS):
                 batches = iter(micro_batches(step, layout, distributed.rank()))
                 train_step(engine, batches, context_for(step, layout), totals, device)
                 means = totals.reduce()
                 losses.append((means["cross_entropy"], means["dispersion"]))
-                norms.append(engine.gradient_norm())
-            found[stage, accumulation] = {"losses": losses, "norms": norms, "gradients": engine.gradients}
+                norms.append(engine.engine.gradient_norm())
+                gradients = gradients or engine.gradients
+            found[stage, accumulation] = {"losses": losses, "norms": norms, "gradients": gradients}
     return found
 
 

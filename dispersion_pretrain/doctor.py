@@ -50,7 +50,8 @@ class Comparison:
         # written so that a number that is not finite is a fault
         if abs(self.length - 1) <= bound and self.deviation <= bound:
             return None
-        text = f"gradient of {self.term}: {self.length:.4f} of the reference"
+        term = "the dispersion term" if self.term == "dispersion" else self.term
+        text = f"gradient of {term}: {self.length:.4f} of the reference"
         factor = factor_name(self.length, layout)
         if factor and abs(self.length - 1) > bound:
             text += f" = {factor}"
@@ -95,9 +96,10 @@ def factor_name(length: float, layout: BatchLayout) -> str | None:
     counts = [
         ("W", ranks, f"W = {ranks} ranks"),
         ("accumulation", steps, f"accumulation = {steps} micro-steps"),
-        ("(W accumulation)", ranks * steps, f"W = {ranks} ranks, accumulation = {steps}"),
         ("(pools)", pools, f"{pools} pools a micro-step"),
     ]
+    if ranks > 1 and steps > 1:
+        counts.append(("(W accumulation)", ranks * steps, f"W = {ranks} ranks, accumulation = {steps}"))
     if 1 < layout.pool_ranks < ranks:
         counts.append(("(ranks of a pool)", layout.pool_ranks, f"{layout.pool_ranks} ranks share a pool"))
     if 1 < layout.pools_per_rank < pools:

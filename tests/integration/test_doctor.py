@@ -282,6 +282,12 @@ def test_factors_have_names(length: float, expected: str | None) -> None:
     assert factor_name(length, layout) == expected
 
 
+def test_a_factor_has_one_name_where_it_can() -> None:
+    layout = BatchLayout(world_size=2, micro_batch=2, accumulation=1, pool_ranks=2, pools_per_rank=1)
+    assert factor_name(0.5, layout) == "1/W (W = 2 ranks)"
+    assert factor_name(0.5, replace(layout, world_size=1, pool_ranks=1)) == "1/2"
+
+
 # ---- A run with the proof
 
 

@@ -27,7 +27,7 @@ from dispersion_pretrain.data import Batch
 from dispersion_pretrain.engine import DeepSpeedEngine, start_distributed
 from dispersion_pretrain.layout import BatchLayout
 from dispersion_pretrain.metrics import StepTotals
-from dispersion_pretrain.model import TINY_VOCABULARY, build_model, model_config, tiny_fields
+from dispersion_pretrain.model import TINY_LAYERS, TINY_VOCABULARY, build_model, model_config, tiny_fields
 from dispersion_pretrain.objective import StepContext, TrainingModule
 from dispersion_pretrain.settings_file import parse_settings
 from dispersion_pretrain.train import train_step
@@ -282,7 +282,8 @@ def contexts(tiny: Settings, layout: BatchLayout) -> dict[str, StepContext]:
     found = {"cross-entropy": StepContext(step=0, targets=targets, shares=shares, coefficient=0.0)}
     if tiny.dispersion is not None:
         # divided by infinitely many targets, cross-entropy and its gradient are exactly 0
-        found["dispersion"] = StepContext(step=0, targets=math.inf, shares=shares, coefficient=1.0)
+        layers = tuple(tiny.dispersion.layer_indices(TINY_LAYERS))
+        found["dispersion"] = StepContext(step=0, targets=math.inf, shares=shares, coefficient=1.0, layers=layers)
     return found
 
 
@@ -344,7 +345,7 @@ def build_module(tiny: Settings, layout: BatchLayout) -> TrainingModule:
     """
     distributed.seed_everything(tiny.run.seed)
     config = model_config(tiny.model, vocabulary=TINY_VOCABULARY, sequence_length=SEQUENCE_LENGTH)
-    layers = tiny.dispersion.layer_indices(config.num_hidden_layers) if tiny.dispersion else []
+    layers = tiny.dispersion.layer_indices(TINY_LAYERS) if tiny.dispersion else []
     return TrainingModule(build_model(tiny.model, config), dispersion_term(tiny, layout, layers))
 
 

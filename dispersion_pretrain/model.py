@@ -142,10 +142,10 @@ def load_exported(folder: str | Path, *, dtype: torch.dtype = torch.float32) -> 
 
 
 # Sizes of `tiny_fields`, by transformers' own names; each family maps them to its names or has no such field.
-TINY_VOCABULARY = 64
+TINY_VOCABULARY, TINY_LAYERS = 64, 2
 _TINY_SIZES = {
-    "num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
-    "intermediate_size": 48, "max_position_embeddings": 64, "vocab_size": TINY_VOCABULARY,
+    "num_hidden_layers": TINY_LAYERS, "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "head_dim": 8, "intermediate_size": 48, "max_position_embeddings": 64, "vocab_size": TINY_VOCABULARY,
 }  # fmt: skip
 
 

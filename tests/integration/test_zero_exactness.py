@@ -71,7 +71,8 @@ def micro_batches(step: int, layout: BatchLayout, rank: int) -> list[Batch]:
 
 
 def context_for(step: int, layout: BatchLayout) -> StepContext:
-    return StepContext(step, SEQUENCES * (LENGTH - 1), layout.world_size * layout.accumulation, COEFFICIENT)
+    shares = layout.world_size * layout.accumulation
+    return StepContext(step, SEQUENCES * (LENGTH - 1), shares, COEFFICIENT, layers=(1, 2, 3))
 
 
 def reference() -> dict[str, Any]:

@@ -4,11 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from transformers import PretrainedConfig
 
 from dispersion_pretrain import distributed, metrics, optim
+from dispersion_pretrain.baselines import (
+    Distillation,
+    NoisyEmbeddings,
+    TeacherPlan,
+    count_resets,
+    forgets_at,
+    fresh_embeddings,
+    initial_deviation,
+    load_teacher,
+    plan_teacher,
+)
 from dispersion_pretrain.config import DispersionSettings, Settings
 from dispersion_pretrain.data import (
     Batch,
@@ -17,10 +29,11 @@ from dispersion_pretrain.data import (
     GlobalOrder,
     TokenCorpus,
     read_manifest,
+    tokenizer_path,
     validation_batches,
 )
 from dispersion_pretrain.dispersion import find_variant
-from dispersion_pretrain.engine import DeepSpeedEngine
+from dispersion_pretrain.engine import DeepSpeedEngine, sharded_for_inference
 from dispersion_pretrain.layout import BatchLayout
 from dispersion_pretrain.model import ModelSize, build_model, model_config, model_size
 from dispersion_pretrain.objective import DispersionTerm, GradientRatioCap, StepContext, TrainingModule, options_of
@@ -82,6 +95,22 @@ class RunParts:
         )
         return scheduled * (self.gradient_cap.factor if self.gradient_cap else 1.0)
 
+    def forget_embeddings(self, step: int) -> None:
+        """Re-initialise the input embeddings and clear their moments, where that is due before the 0-based step.
+
+        With tied embeddings that matrix is the head as well, so the predictions are forgotten too.
+
+        Collective: world, at ZeRO stage 3.
+        """
+        settings = self.settings
+        if not forgets_at(settings.active_forgetting, step, settings.num_steps):
+            return
+        model: Any = self.engine.module.get_submodule("model")
+        embedding = model.get_input_embeddings()
+        deviation = initial_deviation(self.hub_config)
+        value = fresh_embeddings(embedding, standard_deviation=deviation, seed=settings.run.seed, step=step)
+        self.engine.reset_parameter(embedding.weight, value)
+
     def batches(self, first_step: int) -> BatchStream:
         """This rank's micro-batches from a step on; read ahead in the background."""
         return BatchStream(
@@ -130,6 +159,7 @@ class Plan:
     hub_config: PretrainedConfig
     size: ModelSize
     layers: list[int]
+    teacher: TeacherPlan | None = None
 
     @classmethod
     def make(cls, settings: Settings, world_size: int) -> Plan:
@@ -151,7 +181,18 @@ class Plan:
         )
         size = model_size(settings.model, hub_config)
         layers = _check_term(settings.dispersion, size.layers) if settings.dispersion else []
-        return cls(manifest, layout, hub_config, size, layers)
+        if settings.active_forgetting is not None:
+            initial_deviation(hub_config)
+            _check_resets(settings)
+        teacher = None
+        if settings.distillation is not None:
+            teacher = plan_teacher(
+                settings.distillation,
+                vocabulary=manifest.vocab_size,
+                sequence_length=settings.data.sequence_length,
+                tokenizer=tokenizer_path(manifest, settings.data.cache),
+            )
+        return cls(manifest, layout, hub_config, size, layers, teacher)
 
     def describe(self, settings: Settings) -> str:
         """The figures as lines of text."""
@@ -168,6 +209,7 @@ class Plan:
             f"run          {settings.num_steps:,} steps, {tokens:,} tokens, {tokens / train.tokens:.2f} epochs, into "
             f"{settings.run_folder}",
             f"ZeRO         stage {settings.zero.stage}",
+            *self._describe_baselines(settings),
         ]
         term = settings.dispersion
         if term is None or term.coefficient == 0:
@@ -185,6 +227,38 @@ class Plan:
             f"= {embeddings:,} embeddings, {where}"
         )
         return "\n".join(lines)
+
+    def _describe_baselines(self, settings: Settings) -> list[str]:
+        lines = []
+        if settings.noisy_embeddings is not None:
+            bound = settings.noisy_embeddings.alpha / (settings.data.sequence_length * self.size.width) ** 0.5
+            lines.append(f"noise        uniform in +-{bound:.2g} on the input embeddings")
+        forgetting, num_steps = settings.active_forgetting, settings.num_steps
+        if forgetting is not None:
+            resets = count_resets(forgetting, num_steps, num_steps)
+            lines.append(
+                f"forgetting   of the input embeddings every {forgetting.every_steps:,} steps, {resets:,} times"
+            )
+        distillation = settings.distillation
+        if distillation is not None and self.teacher is not None:
+            lines.append(
+                f"teacher      {distillation.teacher}: {self.teacher.config.model_type}, {self.teacher.parameters:,} "
+                f"parameters{', sharded' if distillation.sharded else ''}; {distillation.weight:g} x the divergence at "
+                f"temperature {distillation.temperature:g}; {self.teacher.compared}"
+            )
+        return lines
+
+
+def _check_resets(settings: Settings) -> None:
+    """Refuse a section of which a run would see nothing."""
+    section, num_steps = settings.active_forgetting, settings.num_steps
+    assert section is not None
+    if not count_resets(section, num_steps, num_steps):
+        raise ValueError(
+            f"active_forgetting.every_steps: {section.every_steps}, but the run has {num_steps} steps, with no reset "
+            f"in its last {section.last_phase:.0%}, so none would take place. Fewer than "
+            f"{(1 - section.last_phase) * num_steps:g} are allowed. Lower it or remove the section."
+        )
 
 
 def _check_term(settings: DispersionSettings, num_layers: int) -> list[int]:
@@ -227,10 +301,17 @@ def assemble(settings: Settings, device: torch.device) -> RunParts:
     plan = Plan.make(settings, distributed.world_size())
     corpus = TokenCorpus(plan.manifest, "train", cache=settings.data.cache)
     order = corpus.order(settings.data.shuffle, settings.run.seed)
+    distillation = None
+    if plan.teacher is not None:  # before anything is seeded: reading it leaves no trace in the random numbers
+        distillation = _distillation(settings, plan, device)
     distributed.seed_everything(settings.run.seed)  # every rank builds the same weights
     model = build_model(settings.model, plan.hub_config)
     term = dispersion_term(settings, plan.layout, plan.layers)
-    engine = DeepSpeedEngine(TrainingModule(model, term), settings, plan.layout)
+    noise = None
+    if settings.noisy_embeddings is not None:
+        noise = NoisyEmbeddings(settings.noisy_embeddings, seed=settings.run.seed)
+    module = TrainingModule(model, term, noise=noise, distillation=distillation)
+    engine = DeepSpeedEngine(module, settings, plan.layout)
     engine.train()
     distributed.seed_dropout(settings.run.seed)
     return RunParts(
@@ -247,3 +328,11 @@ def assemble(settings: Settings, device: torch.device) -> RunParts:
         engine=engine,
         gradient_cap=term.cap if term is not None else None,
     )
+
+
+def _distillation(settings: Settings, plan: Plan, device: torch.device) -> Distillation:
+    section = settings.distillation
+    assert section is not None and plan.teacher is not None
+    teacher = load_teacher(settings, plan.teacher.config)
+    teacher = sharded_for_inference(teacher) if section.sharded else teacher.to(device)
+    return Distillation(section, teacher, vocabulary=plan.manifest.vocab_size)

@@ -10,16 +10,18 @@ import logging
 import os
 import socket
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import deepspeed
 import torch
+import torch.distributed as dist
 from deepspeed.runtime.zero import parameter_offload
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from deepspeed.utils import logger as deepspeed_logger
-from deepspeed.utils import safe_get_full_grad
+from deepspeed.utils import safe_get_full_grad, safe_set_local_fp32_param, safe_set_local_optimizer_state
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from torch import Tensor, nn
+from torch.nn import functional
 
 from dispersion_pretrain.config import Settings
 from dispersion_pretrain.layout import BatchLayout
@@ -182,6 +184,65 @@ class DeepSpeedEngine:
             if hasattr(cell.cell_contents, "cache_clear"):
                 cell.cell_contents.cache_clear()
 
+    @torch.no_grad()
+    def reset_parameter(self, parameter: nn.Parameter, value: Tensor) -> None:
+        """Replace a parameter of the wrapped module in every copy, and clear its moments in the optimizer.
+
+        The next forward pass reads the new values, and the next update starts from them: they go into the working
+        weights and into the float32 masters, wherever ZeRO keeps them. Adam's count of steps stays, since ZeRO has one
+        for a whole flat partition: the moments grow from 0 again, but late in a run nothing corrects for that any more.
+        The first update is (1 - beta1) / sqrt(1 - beta2) of the usual length, 0.45 with the default betas. To be called
+        between two optimizer steps.
+
+        Args:
+            value: float32 of the parameter's full shape, on any device, the same on all ranks.
+
+        Collective: world, at stage 3.
+        """
+        if hasattr(parameter, "ds_id"):  # stage 3
+            self._reset_partitioned(parameter, value)
+            return
+        parameter.copy_(value)  # at stages 1 and 2 every rank has all of the working weights
+        base = self._engine.basic_optimizer
+        if hasattr(parameter, "_hp_mapping"):  # stages 1 and 2: this rank has a part of the masters, or nothing
+            part = parameter._hp_mapping
+            if part is not None:
+                own, there = part.lp_fragment_address, part.hp_fragment_address
+                part.hp_fragment.copy_(value.flatten().narrow(0, own.start, own.numel))
+                flat = base.param_groups[part.param_group_index]["params"][0]
+                # Not through DeepSpeed's setter: its view of the moments is made by an update, and is not there yet
+                # when a run resumes.
+                for moment in _moments(base, flat):
+                    moment.narrow(0, there.start, there.numel).zero_()
+            return
+        master = self._unpartitioned_master(parameter)
+        if master is not parameter:
+            master.copy_(value)
+        for moment in _moments(base, master):
+            moment.zero_()
+
+    def _reset_partitioned(self, parameter: Any, value: Tensor) -> None:
+        # Not through DeepSpeed's setter of full values: it takes no parameter that the ranks do not divide evenly.
+        group, shard = parameter.ds_process_group, parameter.ds_tensor.numel()
+        padding = shard * dist.get_world_size(group) - value.numel()
+        own = functional.pad(value.flatten(), (0, padding)).narrow(0, shard * dist.get_rank(group), shard)
+        safe_set_local_fp32_param(parameter, own)
+        for key in ("exp_avg", "exp_avg_sq"):
+            safe_set_local_optimizer_state(parameter, torch.zeros_like(own), key)
+        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+            parameter.copy_(value)
+
+    def _unpartitioned_master(self, parameter: nn.Parameter) -> Tensor:
+        """The float32 copy at stage 0; the parameter itself where it is float32."""
+        optimizer = self._engine.optimizer
+        for working, masters in zip(
+            getattr(optimizer, "fp16_groups", []), getattr(optimizer, "fp32_groups", []), strict=True
+        ):
+            for low, master in zip(working, masters, strict=True):
+                if low is parameter:
+                    return cast(Tensor, master)
+        return parameter
+
     def save(self, folder: Path) -> None:
         """Write weights and optimizer state, each rank its part, under `folder`."""
         self._engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False)
@@ -197,6 +258,35 @@ class DeepSpeedEngine:
             raise RuntimeError(
                 f"{folder}: DeepSpeed loaded nothing. A checkpoint of this run is needed. Choose another with --resume."
             )
+
+
+def _moments(optimizer: torch.optim.Optimizer, parameter: Tensor) -> list[Tensor]:
+    """What the optimizer keeps of each number of a parameter; its count of steps is none of it."""
+    state = optimizer.state.get(parameter, {})
+    return [kept for kept in state.values() if isinstance(kept, Tensor) and kept.shape == parameter.shape]
+
+
+def sharded_for_inference(module: nn.Module) -> nn.Module:
+    """Divide a module's parameters over all ranks, as ZeRO-3 does, for forward passes without gradients.
+
+    A rank holds its share of each larger matrix, and the whole of one layer's while that runs. Every rank first has the
+    whole module in host memory; the device never does.
+
+    Args:
+        module: on the CPU, all parameters of one type, float32 or bfloat16.
+
+    Collective: world; so is every call of what is returned.
+    """
+    settings = {
+        "train_micro_batch_size_per_gpu": 1,
+        "steps_per_print": 2**31,
+        "bf16": {"enabled": next(module.parameters()).dtype == torch.bfloat16},
+        "zero_optimization": {"stage": 3},
+    }
+    deepspeed.zero.Init(module=module, config_dict_or_path=settings, dtype=next(module.parameters()).dtype)
+    engine, _, _, _ = deepspeed.initialize(model=module, config=settings)
+    engine.eval()
+    return cast(nn.Module, engine)
 
 
 def consolidated_state_dict(checkpoint: Path, zero_stage: int) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from dispersion_pretrain.config import ModelSettings
 
 # A model may hold a few more entries than its tokenizer (rounding up for speed); past this it is another tokenizer's.
-_VOCABULARY_PADDING = 1024
+VOCABULARY_PADDING = 1024
 
 
 @dataclass(frozen=True)
@@ -74,11 +74,11 @@ def _check_fit(config: PretrainedConfig, *, vocabulary: int, sequence_length: in
             f"{positions} are allowed. "
             "Shorten the sequences or give the model more positions."
         )
-    if not vocabulary <= config.vocab_size <= vocabulary + _VOCABULARY_PADDING:
+    if not vocabulary <= config.vocab_size <= vocabulary + VOCABULARY_PADDING:
         raise ValueError(
             f"model vocabulary: the model has {config.vocab_size} entries, the corpus {vocabulary}. The model needs "
             "as many, or up to "
-            f"{_VOCABULARY_PADDING} more as padding. Prepare the corpus with the model's tokenizer, or leave "
+            f"{VOCABULARY_PADDING} more as padding. Prepare the corpus with the model's tokenizer, or leave "
             "model.config.vocab_size out."
         )
 

@@ -1,4 +1,4 @@
-"""The training objective: cross-entropy plus the dispersion of sampled, gathered hidden states.
+"""The training objective: cross-entropy plus the dispersion of sampled, gathered hidden states, and its baselines.
 
 `TrainingModule` is what the engine wraps: in training it returns `LossTerms`, of which one scalar is differentiable;
 in evaluation mode it returns what validation and the condensation measurement read.
@@ -7,13 +7,14 @@ in evaluation mode it returns what validation and the condensation measurement r
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional
 
+from dispersion_pretrain.baselines import Distillation, NoisyEmbeddings
 from dispersion_pretrain.config import DispersionSettings
 from dispersion_pretrain.dispersion import find_variant, pooled_dispersion
 from dispersion_pretrain.distributed import all_reduce_sum, counter_hash
@@ -33,6 +34,7 @@ class LossTerms(NamedTuple):
     layer_dispersion: Tensor  # (chosen layers,) the same layer by layer
     mean_cosine: Tensor  # (chosen layers,) unclamped mean cosine within the pools
     clamped_share: Tensor  # (chosen layers,) share of pairs beyond the clamp
+    distillation: Tensor  # scalar: this rank's share, as cross_entropy, and without its weight; 0 without a teacher
 
 
 class EvaluationOutputs(NamedTuple):
@@ -170,10 +172,19 @@ class DispersionTerm(nn.Module):
 class TrainingModule(nn.Module):
     """A causal language model together with its objective."""
 
-    def __init__(self, model: nn.Module, dispersion: DispersionTerm | None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        dispersion: DispersionTerm | None,
+        *,
+        noise: NoisyEmbeddings | None = None,
+        distillation: Distillation | None = None,
+    ) -> None:
         super().__init__()
         self.model = model
         self.dispersion = dispersion
+        self.noise = noise
+        self.distillation = distillation
 
     def forward(
         self, input_ids: Tensor, sample_index: Tensor | None = None, context: StepContext | None = None
@@ -184,26 +195,46 @@ class TrainingModule(nn.Module):
             input_ids: (micro_batch, sequence_length) int64. Token t is the target of tokens before it.
             sample_index: (micro_batch,) int64, needed with a context.
 
-        Collective: as `DispersionTerm`, when the coefficient is not 0.
+        Collective: as `DispersionTerm`, when the coefficient is not 0; as the teacher, where it is sharded.
         """
-        term = self.dispersion if context is not None and context.coefficient > 0 else None
-        outputs = self.model(
-            input_ids=input_ids, use_cache=False, output_hidden_states=context is None or term is not None
-        )
         if context is None:
+            outputs = self.model(input_ids=input_ids, use_cache=False, output_hidden_states=True)
             sums = token_cross_entropy(outputs.logits, input_ids).view(input_ids.shape[0], -1).sum(1)
             return EvaluationOutputs(sums, outputs.logits, outputs.hidden_states)
-        cross_entropy = token_cross_entropy(outputs.logits, input_ids).sum() * (context.shares / context.targets)
-        empty = cross_entropy.new_zeros(0)
-        if term is None:
-            zero = cross_entropy.new_zeros(())
-            return LossTerms(cross_entropy, cross_entropy.detach(), zero, empty, empty, empty)
-        by_layer, mean_cosine, clamped_share = term(outputs.hidden_states, sample_index, context.step)
-        dispersion = by_layer.mean()
-        total = cross_entropy + context.coefficient * dispersion
-        return LossTerms(
-            total, cross_entropy.detach(), dispersion.detach(), by_layer.detach(), mean_cosine, clamped_share
+        # First, so that what the teacher needs besides its logits is free again when the student fills the memory.
+        teacher_logits = self.distillation.teacher_logits(input_ids) if self.distillation is not None else None
+        term = self.dispersion if context.coefficient > 0 else None
+        outputs = self.model(
+            **self._inputs(input_ids, sample_index, context), use_cache=False, output_hidden_states=term is not None
         )
+        share = context.shares / context.targets
+        cross_entropy = token_cross_entropy(outputs.logits, input_ids).sum() * share
+        total, divergence = cross_entropy, cross_entropy.new_zeros(())
+        if self.distillation is not None and teacher_logits is not None:
+            divergence = self.distillation.divergence(outputs.logits, teacher_logits) * share
+            total = total + self.distillation.weight * divergence
+        dispersion = cross_entropy.new_zeros(())
+        by_layer = mean_cosine = clamped_share = cross_entropy.new_zeros(0)
+        if term is not None:
+            by_layer, mean_cosine, clamped_share = term(outputs.hidden_states, sample_index, context.step)
+            dispersion = by_layer.mean()
+            total = total + context.coefficient * dispersion
+        return LossTerms(
+            total=total,
+            cross_entropy=cross_entropy.detach(),
+            dispersion=dispersion.detach(),
+            layer_dispersion=by_layer.detach(),
+            mean_cosine=mean_cosine,
+            clamped_share=clamped_share,
+            distillation=divergence.detach(),
+        )
+
+    def _inputs(self, input_ids: Tensor, sample_index: Tensor | None, context: StepContext) -> dict[str, Tensor]:
+        if self.noise is None or sample_index is None or not self.training:
+            return {"input_ids": input_ids}
+        model: Any = self.model
+        embeddings = model.get_input_embeddings()(input_ids)
+        return {"inputs_embeds": self.noise.added(embeddings, sample_index, context.step)}
 
 
 def options_of(settings: DispersionSettings) -> DispersionOptions:

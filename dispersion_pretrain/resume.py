@@ -21,7 +21,8 @@ from dispersion_pretrain.settings_file import dump_settings
 
 _REFERENCE_TOKENS = 16
 
-# Settings that decide the trajectory: with another value a resume would go on with another run.
+# Settings that decide the trajectory: with another value a resume would go on with another run. Nothing depends on a
+# teacher's place or on its division over ranks.
 _FIXED = (
     "run.seed",
     "model.config",
@@ -30,6 +31,12 @@ _FIXED = (
     "data.sequence_length",
     "training.global_batch_tokens",
     "zero.stage",
+    "noisy_embeddings.alpha",
+    "active_forgetting.every_steps",
+    "active_forgetting.last_phase",
+    "distillation.weight",
+    "distillation.temperature",
+    "distillation.precision",
 )
 
 _log = logging.getLogger(__name__)
@@ -148,9 +155,10 @@ def _refuse_other_run(parts: RunParts, found: checkpoint.CheckpointInfo) -> None
 
 
 def _value(settings: Settings, key: str) -> Any:
+    """What `key` is set to; None where its section is off."""
     value: Any = settings
     for part in key.split("."):
-        value = getattr(value, part)
+        value = None if value is None else getattr(value, part)
     return value
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dispersion_pretrain import distributed, metrics
 from dispersion_pretrain.assembly import RunParts, assemble
+from dispersion_pretrain.baselines import count_resets
 from dispersion_pretrain.condensation import CosineAccumulator
 from dispersion_pretrain.config import CondensationSettings, Settings, ValidationSettings
 from dispersion_pretrain.data import Batch
@@ -24,6 +25,7 @@ from dispersion_pretrain.objective import EvaluationOutputs, LossTerms, StepCont
 from dispersion_pretrain.resume import prepare_run_folder, resume_run, save_run
 
 _CONDENSATION_TOKENS = 512  # of each text, as in the paper; the cosine sums grow with the square
+_TERMS = ("cross-entropy", "distillation")  # whose sums a step must keep finite, besides each layer's dispersion
 REQUEUE_EXIT_CODE = 85  # "stopped by a signal, state saved: start me again"
 
 
@@ -51,7 +53,7 @@ def train_step(
         RuntimeError: a loss is not finite on some rank; raised on every rank, before the update.
     """
     micro_steps = engine.gradient_accumulation_steps()
-    sums = torch.zeros(1 + len(context.layers), device=device)
+    sums = torch.zeros(len(_TERMS) + len(context.layers), device=device)
     for micro_step in range(micro_steps):
         batch = next(batches)
         terms: LossTerms = engine(
@@ -59,9 +61,9 @@ def train_step(
         )
         engine.backward(terms.total)  # the engine divides by the accumulation count
         add_terms(totals, terms)
-        sums[0] += terms.cross_entropy
+        sums[: len(_TERMS)] += torch.stack([terms.cross_entropy, terms.distillation])
         if terms.layer_dispersion.numel():
-            sums[1:] += terms.layer_dispersion
+            sums[len(_TERMS) :] += terms.layer_dispersion
         if micro_step == micro_steps - 1:
             refuse_non_finite(sums, context)
         engine.step()
@@ -72,6 +74,7 @@ def add_terms(totals: metrics.StepTotals, terms: LossTerms) -> None:
     totals.add("total", terms.total)
     totals.add("cross_entropy", terms.cross_entropy)
     totals.add("dispersion", terms.dispersion)
+    totals.add("distillation", terms.distillation)
     for name, vector in (("cosine", terms.mean_cosine), ("clamped", terms.clamped_share)):
         if vector.numel():
             totals.add([f"{name}/{place}" for place in range(vector.numel())], vector)
@@ -81,18 +84,18 @@ def refuse_non_finite(sums: Tensor, context: StepContext) -> None:
     """Stop all ranks together if a term of the step is not finite.
 
     Args:
-        sums: (1 + chosen layers,): cross-entropy, then the dispersion term layer by layer.
+        sums: in the order of `_TERMS`, then the dispersion of each of the context's layers.
 
     Collective: world.
     """
-    cross_entropy, *by_layer = distributed.all_reduce_sum((~torch.isfinite(sums)).float()).tolist()
-    broken_layers = [str(layer) for layer, count in zip(context.layers, by_layer, strict=True) if count]
-    names = ["cross-entropy"] * bool(cross_entropy)
-    if broken_layers:
-        names.append(f"the dispersion of layer{'s' * (len(broken_layers) > 1)} {', '.join(broken_layers)}")
+    broken = distributed.all_reduce_sum((~torch.isfinite(sums)).float()).tolist()
+    names = [name for name, count in zip(_TERMS, broken, strict=False) if count]
+    layers = [str(layer) for layer, count in zip(context.layers, broken[len(_TERMS) :], strict=True) if count]
+    if layers:
+        names.append(f"the dispersion of layer{'s' * (len(layers) > 1)} {', '.join(layers)}")
     if names:
         raise RuntimeError(
-            f"step {context.step}: {' and '.join(names)} is not finite on {int(max(cross_entropy, *by_layer, 0))} of "
+            f"step {context.step}: {' and '.join(names)} is not finite on {int(max(broken))} of "
             f"{distributed.world_size()} ranks. No update was made. Lower optimizer.learning_rate or lengthen "
             "schedule.warmup_tokens and start again: the newest checkpoint is untouched."
         )
@@ -133,6 +136,7 @@ def run(settings: Settings, *, resume: str = "auto") -> int:
 
     while step < settings.num_steps:
         parts.engine.set_learning_rate(parts.learning_rate(step))
+        parts.forget_embeddings(step)
         context = parts.context(step)
         train_step(parts.engine, batches, context, parts.totals, device)
         if parts.gradient_cap is not None:
@@ -187,6 +191,11 @@ def log(parts: RunParts, writer: metrics.MetricsWriter, step: int, coefficient: 
             values[f"dispersion/clamped_share/layer_{layer:02d}"] = means[f"clamped/{place}"]
         if parts.gradient_cap is not None:
             values["dispersion/gradient_ratio"] = parts.gradient_cap.ratio
+    if parts.settings.distillation is not None:
+        values["loss/distillation"] = means["distillation"]
+    forgetting = parts.settings.active_forgetting
+    if forgetting is not None:
+        values["active_forgetting/resets"] = count_resets(forgetting, step, parts.settings.num_steps)
     writer.write(step, parts.tokens(step), values)
 
 

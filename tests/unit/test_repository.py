@@ -31,8 +31,9 @@ ALLOWED: dict[str, set[str]] = {
     "distributed": set(),
     "provenance": set(),
     "condensation": {"distributed"},
-    "objective": {"config", "dispersion", "distributed", "pair_sums"},
     "model": {"config"},
+    "baselines": {"config", "distributed", "model"},
+    "objective": {"baselines", "config", "dispersion", "distributed", "pair_sums"},
     "optim": {"config"},
     "data": {"distributed"},
     "metrics": {"distributed"},
@@ -42,14 +43,15 @@ ALLOWED: dict[str, set[str]] = {
     "suites": {"data"},
     "evaluate": {"checkpoint", "config", "data", "export", "provenance", "settings_file", "suites"},
     "assembly": {
-        "config", "data", "dispersion", "distributed", "engine", "layout", "metrics", "model", "objective", "optim",
+        "baselines", "config", "data", "dispersion", "distributed", "engine", "layout", "metrics", "model", "objective",
+        "optim",
     },
     "resume": {
         "assembly", "checkpoint", "config", "data", "distributed", "evaluate", "export", "metrics", "provenance",
         "settings_file",
     },
     "train": {
-        "assembly", "checkpoint", "condensation", "config", "data", "distributed", "engine", "evaluate",
+        "assembly", "baselines", "checkpoint", "condensation", "config", "data", "distributed", "engine", "evaluate",
         "metrics", "model", "objective", "optim", "resume",
     },
     "doctor": {

@@ -94,7 +94,8 @@ class AngularSums:
         """
         self._own_scale, self._pool_scale = own_scale.contiguous(), pool_scale.contiguous()
         self._edge, self._rate = edge, -1.0 / (math.pi * temperature)
-        self.sums = torch.zeros(own_scale.shape[0], 2, dtype=torch.float64)  # of exp(-D / tau); number of clamped pairs
+        # of exp(-D / tau), number of clamped pairs, of the cosine
+        self.sums = torch.zeros(own_scale.shape[0], 3, dtype=torch.float64)
         self.dots = torch.zeros_like(self._own_scale)  # row by row, sum over j of weight x cosine
 
     def add_rows_against_pool(self, gram: Tensor, *, first_set: int, first_row: int, diagonal: int) -> None:

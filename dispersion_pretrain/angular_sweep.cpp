@@ -45,7 +45,7 @@ inline float exp2_of_negative(float y) {
 }
 
 struct Sums {
-    double similarity = 0.0, clamped = 0.0;
+    double similarity = 0.0, clamped = 0.0, cosine = 0.0;
 };
 
 }  // namespace
@@ -57,7 +57,7 @@ struct Sums {
 // row_scale, column_scale: r by set stride, so that r_i z_i is a unit vector.
 // diagonal: the column in which row 0 meets itself.
 // edge: cosines are clamped to [-edge, edge], straight-through. rate: -1 / (pi tau).
-// sums: (sets, 2), sum of e and number of clamped pairs. dots: by set stride, sum over j of w_ij c_ij for each row, and
+// sums: (sets, 3), sum of e, number of clamped pairs, sum of c. dots: by set stride, sum over j of w_ij c_ij for each row, and
 //     where `symmetric` for each column too. Both are added to.
 extern "C" void angular_sweep(
     const float* gram, int64_t sets, int64_t rows, int64_t columns, float* weights, int64_t weights_set_stride,
@@ -86,9 +86,9 @@ extern "C" void angular_sweep(
             float* const weight = tile[row - first_row];
             const float own_scale = row_scale[set * row_scale_stride + row];
             const int32_t self = static_cast<int32_t>(std::clamp<int64_t>(diagonal + row - first_column, -1, TILE));
-            float similarity = 0.0f, dot = 0.0f;
+            float similarity = 0.0f, dot = 0.0f, cosines = 0.0f;
             int32_t clamped = 0;
-#pragma omp simd reduction(+ : similarity, dot, clamped)
+#pragma omp simd reduction(+ : similarity, dot, cosines, clamped)
             for (int32_t j = 0; j < static_cast<int32_t>(width); ++j) {
                 const float cosine = products[j] * own_scale * scale_of_columns[j];
                 const float size = __builtin_fabsf(cosine);
@@ -103,17 +103,20 @@ extern "C" void angular_sweep(
                 dot += slope * cosine;
                 column_sums[j] += slope * cosine;
                 clamped += size * is_other > edge ? 1 : 0;
+                cosines += cosine * is_other;
                 weight[j] = slope * own_scale * scale_of_columns[j];
             }
             dots_of_rows[job * TILE + row - first_row] = dot;
             total.similarity += similarity;
             total.clamped += clamped;
+            total.cosine += cosines;
             float* const target = weights + set * weights_set_stride + row * weights_row_stride + first_column;
             std::memcpy(target, weight, width * sizeof(float));
         }
         if (is_mirrored) {
             total.similarity *= 2.0;
             total.clamped *= 2.0;
+            total.cosine *= 2.0;
             std::memcpy(&dots_of_columns[job * TILE], column_sums, sizeof column_sums);
             const int64_t mirrored_rows = mirror_all ? columns : rows;
             for (int64_t j = 0; j < width && first_column + j < mirrored_rows; ++j) {
@@ -128,8 +131,9 @@ extern "C" void angular_sweep(
     for (int64_t job = 0; job < sets * tiles; ++job) {
         const int64_t set = job / tiles, row_tile = job % tiles / column_tiles, column_tile = job % column_tiles;
         if (symmetric && column_tile < row_tile) continue;
-        sums[2 * set] += tile_sums[job].similarity;
-        sums[2 * set + 1] += tile_sums[job].clamped;
+        sums[3 * set] += tile_sums[job].similarity;
+        sums[3 * set + 1] += tile_sums[job].clamped;
+        sums[3 * set + 2] += tile_sums[job].cosine;
         float* const dots_of_set = dots + set * dots_stride;
         for (int64_t row = row_tile * TILE, i = 0; i < TILE && row + i < rows; ++i)
             dots_of_set[row + i] += dots_of_rows[job * TILE + i];

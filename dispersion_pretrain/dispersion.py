@@ -198,12 +198,13 @@ def pooled_dispersion(
     pool = Pool.of(embeddings if group is None else _gather_tokens(embeddings, group), options.norm_epsilon)
     if not isinstance(variant, PairSum):
         loss = _of_set(embeddings, pool, group, variant, options)
-        clamped_share = torch.zeros_like(loss.detach())
-    else:
-        loss, clamped_share = PairSumLoss.apply(embeddings, pool, group, variant, options)  # type: ignore[no-untyped-call]
-        if options.variant == "l2_repel":
-            loss = loss + options.norm_weight * _mean_square(embeddings, pool, num_ranks)
-    return DispersionTerms(loss, mean_cosine(pool), clamped_share)
+        return DispersionTerms(loss, mean_cosine(pool), torch.zeros_like(loss.detach()))
+    loss, clamped_share, mean_product = PairSumLoss.apply(  # type: ignore[no-untyped-call]
+        embeddings, pool, group, variant, options
+    )
+    if options.variant == "l2_repel":
+        loss = loss + options.norm_weight * _mean_square(embeddings, pool, num_ranks)
+    return DispersionTerms(loss, mean_product if variant.vectors == "unit" else mean_cosine(pool), clamped_share)
 
 
 def find_variant(options: DispersionOptions) -> PairSum | Callable[[Tensor, DispersionOptions], Tensor]:

@@ -80,15 +80,15 @@ class PairSumLoss(torch.autograd.Function):
         group: dist.ProcessGroup | None,
         pair: PairSum,
         options: DispersionOptions,
-    ) -> tuple[Tensor, Tensor]:
-        """Value of each set and the share of its pairs beyond the clamp.
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Value of each set, the share of its pairs beyond the clamp, and their mean inner product x_i . x_j.
 
         Args:
             embeddings: (sets, n, dim) of this rank.
             pool: those of all ranks of `group` in order, the same numbers everywhere.
 
         Returns:
-            (sets,), (sets,), equal on all ranks of the group.
+            Three of (sets,), equal on all ranks of the group; only the first is differentiable.
 
         Collective: one all-reduce over `group`.
         """
@@ -101,7 +101,8 @@ class PairSumLoss(torch.autograd.Function):
             sweep = _angular_sweep if _has_kernel(vectors, options) else _sweep
             found = sweep(vectors, slice(first_row, first_row + num_rows), pair, options)
             own_total = found.value.logsumexp(1) if pair.logarithm else found.value.sum(1)
-            total, clamped = _over_ranks(torch.stack([own_total, found.clamped]), group, pair.logarithm)
+            own = torch.stack([own_total, found.clamped, found.product])
+            total, clamped, product = _over_ranks(own, group, pair.logarithm)
             if pair.logarithm:
                 loss = total - math.log(num_pairs)  # in float64: both are near 10, and their difference below 1
                 factor = torch.exp(found.shift - total[:, None]).to(pool.z.dtype)
@@ -113,9 +114,9 @@ class PairSumLoss(torch.autograd.Function):
         ctx.has_gradient, ctx.is_centred = found.weights is None, pair.vectors == "standardised"
         ctx.save_for_backward(factor, *([found.gradient] if found.weights is None else [found.weights, embeddings]))
         ctx.input_dtype = embeddings.dtype
-        clamped_share = (clamped / num_pairs).to(pool.z.dtype)
-        ctx.mark_non_differentiable(clamped_share)
-        return loss.to(pool.z.dtype), clamped_share
+        clamped_share, mean_product = (torch.stack([clamped, product]) / num_pairs).to(pool.z.dtype).unbind(0)
+        ctx.mark_non_differentiable(clamped_share, mean_product)
+        return loss.to(pool.z.dtype), clamped_share, mean_product
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -132,7 +133,7 @@ class PairSumLoss(torch.autograd.Function):
 
 
 def _over_ranks(own: Tensor, group: dist.ProcessGroup | None, logarithm: bool) -> Tensor:
-    """Add (total, count) of each set over the ranks, (2, sets); the total is a logarithm if `logarithm`.
+    """Add the rows of (numbers, sets) over the ranks; the first row is a logarithm if `logarithm`.
 
     Collective: one all-reduce. Each rank fills a place of its own with zeros elsewhere: a sum of logarithms would
     need their maximum first, another round.
@@ -143,7 +144,7 @@ def _over_ranks(own: Tensor, group: dist.ProcessGroup | None, logarithm: bool) -
     places[dist.get_rank(group)] = own
     dist.all_reduce(places, group=group)
     total = places[:, 0].logsumexp(0) if logarithm else places[:, 0].sum(0)
-    return torch.stack([total, places[:, 1].sum(0)])
+    return torch.cat([total[None], places[:, 1:].sum(0)])
 
 
 # ---- vectors
@@ -198,6 +199,7 @@ class _Found(NamedTuple):
     value: Tensor  # (sets, rows or groups of them) float64: sum of f over their pairs, or logarithm of that of exp(f)
     shift: Tensor  # (sets, n): the row's gradient is to be multiplied by exp(shift)
     clamped: Tensor  # (sets,) float64: own pairs beyond the clamp
+    product: Tensor  # (sets,) float64: sum of x_i . x_j over own pairs
     # Half of dS/dz, or of d(sum of exp(f - shift))/dz: the gradient itself, (sets, n, dim); or the weights A, (sets, N,
     # N), where a set is whole and N <= dim: they are smaller, and the product can wait for the backward pass.
     gradient: Tensor | None = None
@@ -210,7 +212,7 @@ def _sweep(vectors: _Vectors, own: slice, pair: PairSum, options: DispersionOpti
     num_rows = own.stop - own.start
     like = vectors.basis
     value = like.new_empty(num_sets, num_rows, dtype=torch.float64)
-    clamped = like.new_zeros(num_sets, dtype=torch.float64)
+    clamped, product = like.new_zeros(2, num_sets, dtype=torch.float64)
     shift, gradient = like.new_empty(num_sets, num_rows), like.new_empty(num_sets, num_rows, dim)
     block_terms = _compiled_block_terms() if like.is_cuda else _block_terms
     for sets, rows in _blocks(num_sets, num_rows, num_columns, 1):
@@ -219,12 +221,13 @@ def _sweep(vectors: _Vectors, own: slice, pair: PairSum, options: DispersionOpti
         block = _Vectors(*(field[:, in_pool] for field in part))
         gram = torch.bmm(block.points, part.points.transpose(1, 2))
         own_columns = torch.arange(in_pool.start, in_pool.stop, device=like.device)
-        weights, value[sets, rows], shift[sets, rows], beyond = block_terms(
+        weights, value[sets, rows], shift[sets, rows], of_sets = block_terms(
             gram, block[2:], part[2:], own_columns, pair, options
         )
-        clamped[sets] += beyond
+        clamped[sets] += of_sets[0]
+        product[sets] += of_sets[1]
         gradient[sets, rows] = torch.bmm(weights, part.basis)
-    return _Found(value, shift, clamped, gradient)
+    return _Found(value, shift, clamped, product, gradient)
 
 
 def _blocks(num_sets: int, num_rows: int, num_columns: int, multiple: int) -> list[tuple[slice, slice]]:
@@ -256,7 +259,8 @@ def _block_terms(
         own_columns: (rows,) the column in which each row meets itself.
 
     Returns:
-        weights A (sets, rows, columns), values (float64) and shifts (sets, rows), clamped pairs (sets,) float64.
+        weights A (sets, rows, columns), values (float64) and shifts (sets, rows), clamped pairs and sum of products
+        (2, sets) float64.
     """
     scale, along, square, size = (field.unsqueeze(2) for field in row)
     column_scale, _, column_square, column_size = (field.unsqueeze(1) for field in column)
@@ -286,7 +290,8 @@ def _block_terms(
     length_sum = torch.where(itself, zero, by_length).sum(2, keepdim=True)
     dots = (slope * product).sum(2, keepdim=True) + length_sum * size
     own = scale.square() * length_sum - along * dots
-    return torch.where(itself, own, slope * scale * column_scale), value, shift, clamped.double()
+    of_sets = torch.stack([clamped.double(), torch.where(itself, zero, product).sum((1, 2)).double()])
+    return torch.where(itself, own, slope * scale * column_scale), value, shift, of_sets
 
 
 @functools.cache
@@ -330,9 +335,9 @@ def _angular_sweep(vectors: _Vectors, own: slice, pair: PairSum, options: Disper
         weights.diagonal(dim1=1, dim2=2).copy_(own_weights)
     if gradient is not None:
         gradient.addcmul_(z[:, own], own_weights.unsqueeze(-1))
-    similarity, clamped = sums.sums.unbind(1)
+    similarity, clamped, product = sums.sums.unbind(1)
     value = torch.log(similarity).unsqueeze(1)  # of all own rows together
-    return _Found(value, torch.zeros_like(own_weights), clamped, gradient, weights)
+    return _Found(value, torch.zeros_like(own_weights), clamped, product, gradient, weights)
 
 
 def _whole_sets(z: Tensor, sums: angular_kernel.AngularSums) -> Tensor:

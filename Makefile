@@ -17,10 +17,10 @@ export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(VENV)/torch_extensions
 CLEAR_LOCKS = @mkdir -p "$$TORCH_EXTENSIONS_DIR" && find "$$TORCH_EXTENSIONS_DIR" -name lock -delete
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup corpus demo test lint bench clean
+.PHONY: help setup corpus demo test test-gpu lint bench clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 setup: $(STAMP) ## make .venv and install the package, its pinned dependencies and the development tools
 
@@ -63,6 +63,9 @@ demo: corpus ## train a small model without and with the dispersion loss; ends w
 test: setup ## all tests that need neither a GPU nor a cluster
 	$(CLEAR_LOCKS)
 	python -m pytest
+
+test-gpu: setup ## the tests that need a GPU
+	python -m pytest -m gpu tests/gpu
 
 lint: setup ## ruff, mypy, and the linters of shell scripts and of the Dockerfile
 	ruff check .

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dispersion_pretrain import pair_sums
+from dispersion_pretrain import angular_kernel, pair_sums
 from dispersion_pretrain.dispersion import VARIANTS, pooled_dispersion, pooled_dispersion_loss
 from dispersion_pretrain.distributed import pool_groups
 from dispersion_pretrain.pair_sums import DispersionOptions
@@ -194,3 +194,36 @@ def test_one_token_a_rank_is_enough_in_a_shared_pool() -> None:
     for loss, alone in run_ranks(single_tokens_on_rank, 4):
         assert torch.allclose(loss, plain_dispersion_loss(tokens), rtol=1e-12, atol=0)
         assert "a set of 1 embedding has no pair" in alone
+
+
+def kernel_on_rank() -> tuple[Tensor, Tensor, bool]:
+    own = large_pool()[:, slice(*own_rows())].float().clone().requires_grad_()
+    group = pool_groups(dist.get_world_size())
+    loss = pooled_dispersion_loss(own, group=group)
+    (gradient,) = torch.autograd.grad(loss @ WEIGHTS.float(), own)
+    return loss.detach(), gradient, angular_kernel.load() is not None
+
+
+def own_rows() -> tuple[int, int]:
+    num_own = large_pool().shape[1] // dist.get_world_size()
+    return dist.get_rank() * num_own, (dist.get_rank() + 1) * num_own
+
+
+def large_pool() -> Tensor:
+    """Parts of ranks that are no multiple of the kernel's tiles."""
+    generator = torch.Generator().manual_seed(6)
+    return 0.5 + torch.randn(LAYERS, 4 * 83, 40, generator=generator, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 4])
+def test_the_compiled_kernel_in_a_shared_pool(num_ranks: int) -> None:
+    leaf = large_pool().requires_grad_()
+    losses = plain_dispersion_loss(leaf)
+    (expected,) = torch.autograd.grad(losses @ WEIGHTS, leaf)
+    results = run_ranks(kernel_on_rank, num_ranks)
+    averaged = torch.cat([gradient for _, gradient, _ in results], dim=1).double() / num_ranks
+    assert abs(averaged.norm() / expected.norm() - 1) <= 1e-6
+    assert (averaged / averaged.norm() - expected / expected.norm()).norm() <= 2e-6
+    for loss, _, has_kernel in results:
+        assert has_kernel
+        assert torch.allclose(loss.double(), losses.detach(), rtol=1e-6)

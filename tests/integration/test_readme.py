@@ -35,6 +35,12 @@ def commands() -> list[str]:
     return [" ".join(shlex.split(line, comments=True)) for line in lines + cells if line.strip()]
 
 
+def scripts() -> dict[str, str]:
+    """Python blocks whose first line is `# name.py: command`, by name; the command is added to the others."""
+    blocks = re.findall(r"```python\n(# (\S+\.py): .*?)```", (ROOT / "README.md").read_text(), re.S)
+    return {name: text for text, name in blocks}
+
+
 def test_commands_are_found() -> None:
     found = commands()
     assert len(found) >= 12
@@ -50,7 +56,11 @@ def test_commands_run(tmp_path: Path) -> None:
         shutil.copytree(ROOT / name, project / name, ignore=shutil.ignore_patterns("__pycache__"))
     binaries = Path(sys.executable).parent
     variables = {**environment(), "PATH": f"{binaries}:{environment()['PATH']}", "PYTHONPATH": str(project)}
-    for command in commands():
+    for name, text in scripts().items():
+        (project / name).write_text(text)
+    own = [text.splitlines()[0].partition(": ")[2] + f" run.name={Path(name).stem}" for name, text in scripts().items()]
+    assert own
+    for command in [*commands(), *own]:
         if "runs/demo_baseline" in command:
             run_words(shortened(shlex.split(BASELINE)), project, variables)
         if shlex.split(command)[0] not in ELSEWHERE:

@@ -226,6 +226,15 @@ class Plan:
             f"{term.pool_sequences} sequences x {term.tokens_per_sequence} tokens "
             f"= {embeddings:,} embeddings, {where}"
         )
+        changes = []
+        if term.warmup_tokens:
+            changes.append(f"rises over {term.warmup_tokens:,} tokens")
+        if term.decay_tokens:
+            changes.append(f"falls over the last {term.decay_tokens:,} tokens to {term.final_ratio:g} of its peak")
+        if term.gradient_ratio_cap:
+            changes.append(f"is bound to {term.gradient_ratio_cap:g} x cross-entropy's gradient")
+        if changes:
+            lines.append(f"             the coefficient {', '.join(changes)}")
         return "\n".join(lines)
 
     def _describe_baselines(self, settings: Settings) -> list[str]:

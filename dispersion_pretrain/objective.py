@@ -150,8 +150,17 @@ class DispersionTerm(nn.Module):
 
         Collective: one all-gather and one all-reduce over the pool's group, for all layers together, when ranks share a
         pool; none in the backward pass.
+
+        Raises:
+            ValueError: the chosen layers differ in width.
         """
-        _, length, dim = hidden_states[0].shape
+        widths = {layer: hidden_states[layer].shape[-1] for layer in self.layers}
+        if len(set(widths.values())) > 1:
+            raise ValueError(
+                f"dispersion.layers: the chosen layers have widths {widths}. They must have one width, since their "
+                "embeddings travel together. Choose layers of one width."
+            )
+        length, dim = hidden_states[self.layers[0]].shape[1:]
         layers = torch.tensor(self.layers, device=sample_index.device)
         num_tokens = self.settings.tokens_per_sequence
         positions = sample_positions(

@@ -54,7 +54,9 @@ def settings_of(model: str, *, recompute: bool = False, micro_batch: int | None 
         "training": {
             "global_batch_tokens": SEQUENCES * LENGTH, "max_tokens": SEQUENCES * LENGTH, "micro_batch": micro_batch,
         },
-        "dispersion": {"coefficient": COEFFICIENT, "pool_sequences": POOL, "tokens_per_sequence": 10},
+        "dispersion": {
+            "coefficient": COEFFICIENT, "pool_sequences": POOL, "tokens_per_sequence": 10, "gradient_ratio_cap": 0.5,
+        },
         "run": {"seed": SEED},
     }  # fmt: skip
     return parse_settings(tree, source="test")
@@ -106,6 +108,9 @@ def step_on_rank(model: str, recompute: bool, micro_batch: int, groups: dict[int
         (terms.total / layout.accumulation).backward()
         for name, value in zip(names, terms, strict=True):
             sums[name] = sums.get(name, 0.0) + value.detach() / layout.accumulation
+    assert module.dispersion is not None and module.dispersion.cap is not None
+    module.dispersion.cap.end_step()
+    sums["ratio"] = torch.tensor(module.dispersion.cap.ratio)
     sums |= {
         f"gradient/{name}": parameter.grad
         for name, parameter in module.model.named_parameters()
@@ -183,6 +188,7 @@ def test_statistics_do_not_depend_on_the_layout(model: str, recompute: bool) -> 
         other = results_of(ranks)[model, recompute, micro_batch]
         assert torch.allclose(other["loss/mean_cosine"], first["loss/mean_cosine"], rtol=1e-4, atol=1e-6)
         assert torch.allclose(other["loss/clamped_share"], first["loss/clamped_share"], rtol=1e-3, atol=1e-6)
+        assert torch.allclose(other["ratio"], first["ratio"], rtol=1e-4) and first["ratio"] > 0.5
 
 
 def communication_on_rank(recompute: bool) -> list[list[tuple[str, str]]]:

@@ -39,7 +39,13 @@ def write_config(folder: Path, corpus: Path, **sections: dict[str, Any] | None) 
         "data": {"corpus": str(corpus), "sequence_length": 64},
         "training": {"global_batch_tokens": 512, "max_tokens": 12 * 512, "micro_batch": 2},
         "optimizer": {"learning_rate": 5e-3},
-        "dispersion": {"coefficient": 0.1, "pool_sequences": 4, "tokens_per_sequence": 16},
+        "dispersion": {
+            "coefficient": 0.1,
+            "pool_sequences": 4,
+            "tokens_per_sequence": 16,
+            "warmup_tokens": 2048,
+            "gradient_ratio_cap": 1e-3,  # what a resume must restore
+        },
         "validation": {"every_steps": 6, "sequences": 8},
         "checkpoint": {"every_steps": 4, "keep_last": 2},
         "logging": {"every_steps": 1},

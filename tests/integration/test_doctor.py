@@ -20,6 +20,7 @@ from transformers import AutoConfig
 
 from dispersion_pretrain import distributed, doctor
 from dispersion_pretrain.config import Settings
+from dispersion_pretrain.dispersion import VARIANTS
 from dispersion_pretrain.doctor import Proof, factor_name, prove_gradients
 from dispersion_pretrain.engine import DeepSpeedEngine, start_distributed
 from dispersion_pretrain.layout import BatchLayout
@@ -34,7 +35,15 @@ FAMILIES = ["gpt2", "qwen3", "llama", "bloom", "olmo2"]
 
 def settings_for(ranks: int, **changes: Any) -> Settings:
     """Of a run whose pools of 4 sequences lie on all of up to two ranks."""
-    options = {"family": "gpt2", "stage": 2, "accumulation": 1, "pool": 4, "precision": "float32", **changes}
+    options = {
+        "family": "gpt2",
+        "stage": 2,
+        "accumulation": 1,
+        "pool": 4,
+        "precision": "float32",
+        "term": {},
+        **changes,
+    }
     micro_batch = 4 // ranks
     tokens = 64 * ranks * micro_batch * options["accumulation"]
     attention = "eager" if options["family"] == "bloom" else "sdpa"
@@ -44,7 +53,7 @@ def settings_for(ranks: int, **changes: Any) -> Settings:
         },
         "data": {"corpus": "unused", "sequence_length": 64},
         "training": {"global_batch_tokens": tokens, "max_tokens": tokens, "micro_batch": micro_batch},
-        "dispersion": {"pool_sequences": options["pool"], "tokens_per_sequence": 16},
+        "dispersion": {"pool_sequences": options["pool"], "tokens_per_sequence": 16, **options["term"]},
         "zero": {"stage": options["stage"]},
     }  # fmt: skip
     return parse_settings(tree, "test")
@@ -62,6 +71,8 @@ def proof_of(settings: Settings) -> Proof:
 RIGHT: list[dict[str, Any]] = [
     *({"stage": stage, "accumulation": accumulation} for stage in range(4) for accumulation in (1, 2)),
     {"precision": "bf16"},
+    *({"term": {"variant": variant}, "accumulation": 2, "stage": 1} for variant in VARIANTS),
+    *({"term": {"variant": variant, "angle": "atan2"}, "stage": 3} for variant in ("angular", "orthogonalization")),
     {"pool": 1, "accumulation": 16},
 ]
 

@@ -25,6 +25,8 @@ def test_undisturbed_run_is_whole(undisturbed: Path) -> None:
     assert sorted(steps) == list(range(13)), "step 0 is the validation before training"
     assert steps[12]["loss/cross_entropy"] < steps[1]["loss/cross_entropy"] - 0.3
     assert {path.name for path in (undisturbed / "checkpoints").iterdir()} == {"step-00000008", "step-00000012"}
+    coefficients = [steps[step]["dispersion/coefficient"] for step in range(1, 13)]
+    assert coefficients[0] == 0.025 and 0 < max(coefficients[4:]) < 0.05, "the bound on the gradient ratio must act"
     assert all(
         "loss/dispersion" in steps[step] and "dispersion/cosine/layer_02" in steps[step] for step in range(1, 13)
     )

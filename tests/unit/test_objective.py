@@ -271,6 +271,12 @@ class TestTrainingModule:
         ]
         assert reached == [True, True, False, False]
 
+    def test_layers_of_different_widths_are_named(self) -> None:
+        hidden = tuple(torch.randn(4, LENGTH, width) for width in (8, 8, 8, 12))
+        with pytest.raises(ValueError, match=r"dispersion\.layers: .* widths \{2: 8, 3: 12\}"):
+            term([2, 3])(hidden, torch.arange(4), 0)
+        assert term([1, 2])(hidden, torch.arange(4), 0)[0].shape == (2,)
+
     def test_without_a_context_it_evaluates(self) -> None:
         module = TrainingModule(build("gpt2"), term([1])).eval()
         with torch.no_grad():

@@ -111,7 +111,6 @@ class PairSumLoss(torch.autograd.Function):
                 factor = torch.full_like(found.shift, 1.0 / num_pairs)
         # 2: a sample is i and j. num_ranks: averaging over the pool's ranks becomes the sum over its rows.
         factor = factor.mul_(2.0 * num_ranks).unsqueeze(-1)
-        ctx.has_gradient, ctx.is_centred = found.weights is None, pair.vectors == "standardised"
         ctx.save_for_backward(factor, *([found.gradient] if found.weights is None else [found.weights, embeddings]))
         ctx.input_dtype = embeddings.dtype
         clamped_share, mean_product = (torch.stack([clamped, product]) / num_pairs).to(pool.z.dtype).unbind(0)
@@ -127,8 +126,6 @@ class PairSumLoss(torch.autograd.Function):
             gradient = kept * (factor * grad_loss[:, None, None])
             if embeddings:
                 gradient = torch.bmm(gradient, in_full_precision(embeddings[0]))
-            if ctx.is_centred:
-                gradient -= gradient.mean(-1, keepdim=True)
         return gradient.to(ctx.input_dtype), None, None, None, None
 
 
@@ -181,7 +178,7 @@ def _prepare(pool: Pool, pair: PairSum) -> _Vectors:
         z = z - z.mean(1, keepdim=True)
         square = z.square().sum(-1)
         return _Vectors(z, z, torch.ones_like(square), torch.zeros_like(square), square, square)
-    if pair.vectors == "standardised":
+    if pair.vectors == "standardised":  # a combination of centred vectors is centred: so is the gradient as it comes
         z = z - z.mean(-1, keepdim=True)
         scale, norm = _unit_scale(z, epsilon)
     size = (scale * norm).square()

@@ -27,11 +27,11 @@ def embeddings_of(shape: tuple[int, int, int], offset: float = 1.5) -> Tensor:
     return torch.randn(shape, generator=generator) + common
 
 
-def loss_and_gradient(z: Tensor, options: DispersionOptions) -> tuple[Tensor, Tensor, Tensor]:
+def loss_and_gradient(z: Tensor, options: DispersionOptions) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     leaf = z.clone().requires_grad_()
     terms = pooled_dispersion(leaf, group=None, options=options)
     (gradient,) = torch.autograd.grad(terms.loss.sum(), leaf)
-    return terms.loss.detach(), gradient, terms.clamped_share
+    return terms.loss.detach(), gradient, terms.clamped_share, terms.mean_cosine
 
 
 def relative(actual: Tensor, expected: Tensor) -> float:
@@ -64,12 +64,13 @@ def test_equals_the_formula_in_float64(
 ) -> None:
     options = DispersionOptions(temperature=temperature, cosine_clamp=cosine_clamp, norm_epsilon=1e-2)
     z = embeddings_of(shape)
-    loss, gradient, share = loss_and_gradient(z, options)
+    loss, gradient, share, cosine = loss_and_gradient(z, options)
     assert calls == ["_whole_sets" if shape[1] <= shape[2] else "_against_rest"]
     expected = loss_and_gradient(z.double(), options)
     assert loss.sub(expected[0]).abs().max() < 2e-6 * max(1.0, 1.0 / temperature)
     assert relative(gradient, expected[1]) < 1e-5
     assert torch.allclose(share.double(), expected[2], atol=1e-4)
+    assert torch.allclose(cosine.double(), expected[3], atol=1e-6)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
@@ -145,7 +146,7 @@ def test_the_elementwise_part_compiles_as_on_a_gpu() -> None:
         for function in (whole, compiled):
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(pair_sums, "_block_terms", function)
-                loss, gradient, _ = loss_and_gradient(z, options)
+                loss, gradient, *_ = loss_and_gradient(z, options)
             assert relative(loss, expected) < 1e-12
             if function is whole:
                 reference = gradient

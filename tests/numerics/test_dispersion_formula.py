@@ -194,6 +194,18 @@ def test_float32_is_close_to_float64() -> None:
     assert relative_difference(actual[1].double(), expected[1]) < 1e-5
 
 
+@pytest.mark.parametrize(
+    "options", [{"variant": "angular", "angle": "atan2"}, {"variant": "infonce_l2"}, {"variant": "l2_repel"}], ids=str
+)
+def test_distances_of_condensed_vectors_are_accurate_in_float32(options: dict[str, Any]) -> None:
+    z = embeddings_of((2, 40, 32), offset=30.0, spread=0.1)  # cosines of 0.99999
+    single, double = z.float().requires_grad_(), z.float().double().requires_grad_()
+    expected = value_and_gradient(dispersion_loss(double, **options), double)
+    actual = value_and_gradient(dispersion_loss(single, **options), single)
+    assert relative_difference(actual[0].double(), expected[0]) < 1e-5
+    assert relative_difference(actual[1].double(), expected[1]) < 1e-3
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_autocast_has_no_influence(dtype: torch.dtype) -> None:
     z = embeddings_of((2, 20, 32), offset=1.0).to(dtype).requires_grad_()

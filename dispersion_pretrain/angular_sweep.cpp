@@ -44,6 +44,16 @@ inline float exp2_of_negative(float y) {
     return p * power;
 }
 
+// Sum of a tile's row in one fixed order, so that a row has the same sum whether its pairs were computed or mirrored.
+inline float sum_of(const float* values) {
+    float lanes[16] = {};
+    for (int64_t first = 0; first < TILE; first += 16)
+        for (int64_t i = 0; i < 16; ++i) lanes[i] += values[first + i];
+    for (int64_t half = 8; half > 0; half /= 2)
+        for (int64_t i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+    return lanes[0];
+}
+
 struct Sums {
     double similarity = 0.0, clamped = 0.0, cosine = 0.0;
 };
@@ -79,18 +89,20 @@ extern "C" void angular_sweep(
         const int64_t first_row = row_tile * TILE, last_row = std::min(first_row + TILE, rows);
         const int64_t first_column = column_tile * TILE, width = std::min(TILE, columns - first_column);
         const float* const scale_of_columns = column_scale + set * column_scale_stride + first_column;
-        float tile[TILE][TILE], column_sums[TILE] = {};
+        float tile[TILE][TILE], dots_of_tile[TILE][TILE] = {};
         Sums total;
         for (int64_t row = first_row; row < last_row; ++row) {
             const float* const products = gram + (set * rows + row) * columns + first_column;
             float* const weight = tile[row - first_row];
+            float* const dot = dots_of_tile[row - first_row];
             const float own_scale = row_scale[set * row_scale_stride + row];
             const int32_t self = static_cast<int32_t>(std::clamp<int64_t>(diagonal + row - first_column, -1, TILE));
-            float similarity = 0.0f, dot = 0.0f, cosines = 0.0f;
+            float similarity = 0.0f, cosines = 0.0f;
             int32_t clamped = 0;
-#pragma omp simd reduction(+ : similarity, dot, cosines, clamped)
+#pragma omp simd reduction(+ : similarity, cosines, clamped)
             for (int32_t j = 0; j < static_cast<int32_t>(width); ++j) {
-                const float cosine = products[j] * own_scale * scale_of_columns[j];
+                const float scales = own_scale * scale_of_columns[j];  // first: the cosine is symmetric to the last bit
+                const float cosine = products[j] * scales;
                 const float size = __builtin_fabsf(cosine);
                 const float x = size > edge ? edge : size;  // a NaN is no larger than the edge: it stays
                 const float root = __builtin_sqrtf(1.0f - x);
@@ -100,13 +112,12 @@ extern "C" void angular_sweep(
                 const float e = j == self ? 0.0f : exp2_of_negative(angle * rate_of_two);
                 const float slope = -rate * e / (root * __builtin_sqrtf(1.0f + x));
                 similarity += e;
-                dot += slope * cosine;
-                column_sums[j] += slope * cosine;
+                dot[j] = slope * cosine;
                 clamped += size * is_other > edge ? 1 : 0;
                 cosines += cosine * is_other;
-                weight[j] = slope * own_scale * scale_of_columns[j];
+                weight[j] = slope * scales;
             }
-            dots_of_rows[job * TILE + row - first_row] = dot;
+            dots_of_rows[job * TILE + row - first_row] = sum_of(dot);
             total.similarity += similarity;
             total.clamped += clamped;
             total.cosine += cosines;
@@ -117,7 +128,11 @@ extern "C" void angular_sweep(
             total.similarity *= 2.0;
             total.clamped *= 2.0;
             total.cosine *= 2.0;
-            std::memcpy(&dots_of_columns[job * TILE], column_sums, sizeof column_sums);
+            for (int64_t j = 0; j < width; ++j) {
+                float column[TILE];
+                for (int64_t i = 0; i < TILE; ++i) column[i] = dots_of_tile[i][j];
+                dots_of_columns[job * TILE + j] = sum_of(column);
+            }
             const int64_t mirrored_rows = mirror_all ? columns : rows;
             for (int64_t j = 0; j < width && first_column + j < mirrored_rows; ++j) {
                 float* const target =

@@ -123,9 +123,11 @@ class PairSumLoss(torch.autograd.Function):
         """Gradient of the own rows."""
         factor, kept, *embeddings = ctx.saved_tensors
         with torch.autocast(kept.device.type, enabled=False):
-            gradient = kept * (factor * grad_loss[:, None, None])
-            if embeddings:
-                gradient = torch.bmm(gradient, in_full_precision(embeddings[0]))
+            factor = factor * grad_loss[:, None, None]
+            if embeddings:  # scaled after the product, as elsewhere, so that a pool's layout changes no rounding
+                gradient = torch.bmm(kept, in_full_precision(embeddings[0])).mul_(factor)
+            else:
+                gradient = kept * factor
         return gradient.to(ctx.input_dtype), None, None, None, None
 
 
@@ -322,23 +324,21 @@ def _angular_sweep(vectors: _Vectors, own: slice, pair: PairSum, options: Disper
     num_rows = own.stop - own.start
     edge = edge_of_clamp(options, z.dtype)
     sums = angular_kernel.AngularSums(vectors.scale[:, own], vectors.scale, edge=edge, temperature=options.temperature)
-    is_whole = num_rows == z.shape[1]
-    weights = _whole_sets(z, sums) if is_whole and num_rows <= z.shape[2] else None
-    gradient = None
-    if weights is None:
-        gradient = _against_rest(z, sums) if is_whole else _against_pool(z, own, sums)
-    own_weights = -sums.dots * vectors.along[:, own]
-    if weights is not None:
-        weights.diagonal(dim1=1, dim2=2).copy_(own_weights)
-    if gradient is not None:
-        gradient.addcmul_(z[:, own], own_weights.unsqueeze(-1))
+    weights = gradient = None
+    if num_rows < z.shape[1]:
+        gradient = _against_pool(vectors, own, sums)
+    elif num_rows <= z.shape[2]:
+        weights = _whole_sets(vectors, sums)
+    else:
+        gradient = _against_rest(vectors, sums)
     similarity, clamped, product = sums.sums.unbind(1)
     value = torch.log(similarity).unsqueeze(1)  # of all own rows together
-    return _Found(value, torch.zeros_like(own_weights), clamped, product, gradient, weights)
+    return _Found(value, torch.zeros_like(sums.dots), clamped, product, gradient, weights)
 
 
-def _whole_sets(z: Tensor, sums: angular_kernel.AngularSums) -> Tensor:
+def _whole_sets(vectors: _Vectors, sums: angular_kernel.AngularSums) -> Tensor:
     """Weights of small sets: the lower left quarter of the inner products is not computed but mirrored."""
+    z = vectors.basis
     num_sets, tokens, _ = z.shape
     middle = tokens // 2 // _ROW_MULTIPLE * _ROW_MULTIPLE
     weights = z.new_empty(num_sets, tokens, tokens)
@@ -350,29 +350,36 @@ def _whole_sets(z: Tensor, sums: angular_kernel.AngularSums) -> Tensor:
                 gram = torch.bmm(part[:, first:last], part[:, first:].transpose(1, 2))
                 target = weights[first_set:, first:, first:]
                 sums.add_rows_against_rest(gram, target, first_set=first_set, first_row=first)
+    weights.diagonal(dim1=1, dim2=2).copy_(-sums.dots * vectors.along)
     return weights
 
 
-def _against_pool(z: Tensor, own: slice, sums: angular_kernel.AngularSums) -> Tensor:
-    """Gradient of own rows against a pool of which they are a part, up to the term along the row itself."""
+def _against_pool(vectors: _Vectors, own: slice, sums: angular_kernel.AngularSums) -> Tensor:
+    """Gradient of own rows against a pool of which they are a part."""
+    z, own_along = vectors.basis, vectors.along[:, own]
     num_sets, num_columns, _ = z.shape
     gradient = torch.empty_like(z[:, own])
     for sets, rows in _blocks(num_sets, gradient.shape[1], num_columns, _ROW_MULTIPLE):
         first = own.start + rows.start
         weights = torch.bmm(z[sets, first : own.start + rows.stop], z[sets].transpose(1, 2))
         sums.add_rows_against_pool(weights, first_set=sets.start, first_row=rows.start, diagonal=first)
+        of_itself = -sums.dots[sets, rows] * own_along[sets, rows]
+        weights.diagonal(offset=first, dim1=1, dim2=2).copy_(of_itself)
         gradient[sets, rows] = torch.bmm(weights, z[sets])
     return gradient
 
 
-def _against_rest(z: Tensor, sums: angular_kernel.AngularSums) -> Tensor:
-    """Gradient of large sets, each block of rows against itself and the rows after it, up to the term along the row."""
+def _against_rest(vectors: _Vectors, sums: angular_kernel.AngularSums) -> Tensor:
+    """Gradient of large sets, each block of rows against itself and the rows after it."""
+    z = vectors.basis
     num_sets, tokens, _ = z.shape
     gradient = torch.zeros_like(z)
     for sets, rows in _blocks(num_sets, tokens, tokens, _ROW_MULTIPLE):
         part, of_sets = z[sets, rows], gradient[sets]
         weights = torch.bmm(part, z[sets, rows.start :].transpose(1, 2))
         sums.add_rows_against_rest(weights, weights, first_set=sets.start, first_row=rows.start)
+        # the rows' own sums are whole now: blocks before have added theirs
+        weights.diagonal(dim1=1, dim2=2).copy_(-sums.dots[sets, rows] * vectors.along[sets, rows])
         of_sets[:, rows].baddbmm_(weights, z[sets, rows.start :])
         after = weights[:, :, rows.stop - rows.start :]
         of_sets[:, rows.stop :].baddbmm_(after.transpose(1, 2), part)

@@ -49,7 +49,7 @@ def load() -> Callable[..., None] | None:
             raise OSError("no C++ compiler found; set CXX or install g++")
         library = ctypes.CDLL(str(_built(compiler)))
         function = library.angular_sweep
-    except (OSError, AttributeError, subprocess.SubprocessError) as error:
+    except (OSError, AttributeError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: no home folder
         details = getattr(error, "stderr", None) or str(error)
         _log.warning("angular dispersion loss: runs in PyTorch alone, which is slower (%s)", details.strip()[-300:])
         return None

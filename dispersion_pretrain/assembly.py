@@ -32,7 +32,7 @@ from dispersion_pretrain.data import (
     tokenizer_path,
     validation_batches,
 )
-from dispersion_pretrain.dispersion import find_variant
+from dispersion_pretrain.dispersion import checked_variant
 from dispersion_pretrain.engine import DeepSpeedEngine, sharded_for_inference
 from dispersion_pretrain.layout import BatchLayout
 from dispersion_pretrain.model import ModelSize, build_model, model_config, model_size
@@ -86,14 +86,14 @@ class RunParts:
         )
 
     def coefficient(self, step: int) -> float:
-        """Of the dispersion term at the 0-based step: the schedule's, scaled by the cap on gradients; 0: off."""
+        """Of the dispersion term at the 0-based step: the schedule's, within the bound that gradients set; 0: off."""
         term, training = self.settings.dispersion, self.settings.training
         if term is None:
             return 0.0
         scheduled = optim.dispersion_coefficient(
             self.tokens(step), settings=term, max_tokens=training.max_tokens, step_tokens=training.global_batch_tokens
         )
-        return scheduled * (self.gradient_cap.factor if self.gradient_cap else 1.0)
+        return min(scheduled, self.gradient_cap.bound) if self.gradient_cap else scheduled
 
     def forget_embeddings(self, step: int) -> None:
         """Re-initialise the input embeddings and clear their moments, where that is due before the 0-based step.
@@ -279,7 +279,7 @@ def _check_term(settings: DispersionSettings, num_layers: int) -> list[int]:
             f"dispersion.layers are {layers}. The last layer must be among them. Add it or remove the cap."
         )
     try:
-        find_variant(options_of(settings))
+        checked_variant(options_of(settings))
     except ValueError as error:
         raise ValueError(f"dispersion.{error}") from None
     return layers

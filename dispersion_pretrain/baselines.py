@@ -58,9 +58,7 @@ class NoisyEmbeddings:
         return embeddings + noise.to(embeddings.dtype)
 
 
-def embedding_noise(
-    seed: int, step: int, sample_index: Tensor, *, length: int, width: int, alpha: float
-) -> Tensor:  # fmt: skip
+def embedding_noise(seed: int, step: int, sample_index: Tensor, *, length: int, width: int, alpha: float) -> Tensor:
     """Draw uniform noise in +-alpha / sqrt(length x width), by counter.
 
     A function of (seed, step, sample) alone, with the same bits on every device; no generator is touched, and nothing

@@ -130,7 +130,9 @@ class DispersionSettings(_Section):
     norm_epsilon: float = Field(0.0, ge=0, description="added to norms; the paper's scripts use 1e-2")
     warmup_tokens: int = Field(0, ge=0, description="the coefficient rises linearly over so many tokens")
     decay_tokens: int = Field(0, ge=0, description="the coefficient falls linearly over the last so many tokens")
-    final_ratio: float = Field(0.0, ge=0, le=1, description="last coefficient over its peak, where it falls")
+    final_ratio: float = Field(
+        0.0, ge=0, le=1, description="where it falls: the coefficient right after the last step over its peak"
+    )
     gradient_ratio_cap: float | None = Field(
         None,
         gt=0,
@@ -301,6 +303,12 @@ class Settings(_Section):
                 f"dispersion: warm-up and decay take {term.warmup_tokens + term.decay_tokens} tokens of "
                 f"training.max_tokens {training.max_tokens}. Together they must fit. Shorten dispersion.warmup_tokens "
                 "or dispersion.decay_tokens."
+            )
+        if term is not None and 0 < term.decay_tokens <= training.global_batch_tokens:
+            raise ValueError(
+                f"dispersion.decay_tokens: {term.decay_tokens} are no more than one step of "
+                f"training.global_batch_tokens {training.global_batch_tokens}, in which nothing falls. More are "
+                "allowed. Raise it or leave it out."
             )
         if term is not None and term.gradient_ratio_cap is not None and self.model.compile:
             raise ValueError(

@@ -24,6 +24,7 @@ from dispersion_pretrain.pair_sums import (
     PairSumLoss,
     Pool,
     edge_of_clamp,
+    without_rounding,
 )
 
 # ---- what a pair contributes
@@ -82,18 +83,21 @@ def _clamp(cosine: Tensor, options: DispersionOptions) -> Tensor:
 
 def _angle(q: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """2 atan2(|u - v|, |u + v|) with q = |u - v|^2, a = |u|^2 + |v|^2, so |u + v|^2 = 2 a - q; by q; by a."""
-    apart, together = q, (2.0 * a - q).clamp_min(0.0)
-    # Equal and opposite vectors have no direction in which to turn; the bound keeps their slope finite.
-    slope = torch.rsqrt(torch.maximum(apart * together, (torch.finfo(q.dtype).eps * a).square()).clamp_min(1e-30))
-    return 2.0 * torch.atan2(apart.sqrt(), together.sqrt()), slope, -q / a.clamp_min(1e-30) * slope
+    together = without_rounding(2.0 * a - q, a)
+    product = q * together
+    # Equal and opposite vectors have no direction in which to turn; vectors without direction are at a right angle.
+    slope = torch.where(product == 0, torch.zeros_like(q), torch.rsqrt(product))
+    is_nowhere = a <= torch.finfo(a.dtype).tiny
+    angle = torch.where(is_nowhere, math.pi / 2, 2.0 * torch.atan2(q.sqrt(), together.sqrt()))
+    return angle, slope, torch.where(is_nowhere, torch.zeros_like(q), -q / a * slope)
 
 
 # A variant is a sum over pairs, or any function (sets, tokens, dim) float32 -> (sets,) that autograd understands.
 VARIANTS: dict[str, PairSum | Callable[[Tensor, DispersionOptions], Tensor]] = {
-    "angular": PairSum(angular, of="cosine", vectors="unit", logarithm=True),
+    "angular": PairSum(angular, of="cosine", vectors="unit", logarithm=True, has_clamp=True, has_kernel=True),
     "decorrelation": PairSum(decorrelation, of="cosine", vectors="standardised", logarithm=False),
-    "l2_repel": PairSum(infonce_l2, of="distance", vectors="raw", logarithm=True),  # and the norms, see _norm_penalty
-    "orthogonalization": PairSum(orthogonalization, of="cosine", vectors="unit", logarithm=False),
+    "l2_repel": PairSum(infonce_l2, of="distance", vectors="raw", logarithm=True, penalizes_norms=True),
+    "orthogonalization": PairSum(orthogonalization, of="cosine", vectors="unit", logarithm=False, has_clamp=True),
     "infonce_cosine": PairSum(infonce_cosine, of="cosine", vectors="unit", logarithm=True),
     "infonce_l2": PairSum(infonce_l2, of="distance", vectors="raw", logarithm=True),
 }
@@ -134,7 +138,8 @@ def dispersion_loss(
         cosine_clamp: t in [0, 1): angular and orthogonalization clamp cosines to [-1 + t, 1 - t], straight-through
             (beyond the band the gradient is that of the band's edge).
         angle: of angular and orthogonalization. "atan2" computes 2 atan2(|u - v|, |u + v|), without a clamp: its
-            gradient does not fade as embeddings align.
+            gradient does not fade as embeddings align. In float32 it resolves angles down to about a thousandth of
+            the set's spread; closer pairs, equal ones among them, count as equal and push nowhere.
         margin: of orthogonalization, in (0, 1]: pairs with D < margin are pushed apart.
         norm_weight: of l2_repel, >= 0: weight of the mean square of all coordinates.
         norm_epsilon: added to each norm, u = z / (|z| + norm_epsilon); the paper's scripts use 1e-2. infonce_l2 and
@@ -194,7 +199,7 @@ def pooled_dispersion(
     """`pooled_dispersion_loss` with statistics. Collective: as there."""
     num_ranks = 1 if group is None else dist.get_world_size(group)
     _check_embeddings(embeddings, num_ranks)
-    variant = find_variant(options)
+    variant = checked_variant(options)
     pool = Pool.of(embeddings if group is None else _gather_tokens(embeddings, group), options.norm_epsilon)
     if not isinstance(variant, PairSum):
         loss = _of_set(embeddings, pool, group, variant, options)
@@ -202,13 +207,13 @@ def pooled_dispersion(
     loss, clamped_share, mean_product = PairSumLoss.apply(  # type: ignore[no-untyped-call]
         embeddings, pool, group, variant, options
     )
-    if options.variant == "l2_repel":
+    if variant.penalizes_norms:
         loss = loss + options.norm_weight * _mean_square(embeddings, pool, num_ranks)
     return DispersionTerms(loss, mean_product if variant.vectors == "unit" else mean_cosine(pool), clamped_share)
 
 
-def find_variant(options: DispersionOptions) -> PairSum | Callable[[Tensor, DispersionOptions], Tensor]:
-    """What computes the loss of `options`. Raises ValueError for an unknown name or a setting out of range."""
+def checked_variant(options: DispersionOptions) -> PairSum | Callable[[Tensor, DispersionOptions], Tensor]:
+    """What computes the loss of `options`; raises ValueError for an unknown name or an option out of range."""
     known = ", ".join(VARIANTS)
     if options.variant not in VARIANTS:
         raise ValueError(
@@ -239,10 +244,10 @@ def _check_range(name: str, value: float, is_allowed: bool, rule: str, hint: str
 
 
 def _check_embeddings(embeddings: Tensor, num_ranks: int) -> None:
-    if embeddings.dim() != 3 or not embeddings.is_floating_point():
+    if embeddings.dim() != 3 or not embeddings.is_floating_point() or 0 in (embeddings.shape[0], embeddings.shape[-1]):
         raise ValueError(
             f"embeddings: got shape {tuple(embeddings.shape)} of {embeddings.dtype}. A floating-point tensor (sets, "
-            "tokens, dim) is needed. Stack the sets in the first dimension."
+            "tokens, dim) with at least one set and one dimension is needed. Stack the sets in the first dimension."
         )
     num_tokens = embeddings.shape[1] * num_ranks
     if num_tokens < 2:
@@ -301,5 +306,6 @@ def _mean_square(embeddings: Tensor, pool: Pool, num_ranks: int) -> Tensor:
 def mean_cosine(pool: Pool) -> Tensor:
     """(sets,) mean of the unclamped cosine over i != j, in one pass over the vectors; without a gradient."""
     num_tokens = pool.z.shape[1]
-    together = torch.bmm(pool.scale.unsqueeze(1), pool.z).squeeze(1).square().sum(-1)
+    with torch.autocast(pool.z.device.type, enabled=False):
+        together = torch.bmm(pool.scale.unsqueeze(1), pool.z).squeeze(1).square().sum(-1)
     return (together - (pool.scale * pool.norm).square().sum(1)) / (num_tokens * (num_tokens - 1))

@@ -208,6 +208,7 @@ _MAXIMUM_ACCUMULATION = 4
 _MAXIMUM_SEQUENCES = 2  # of a micro-batch whose pool spans ranks, or of a pool on one rank; and pools a rank
 _MAXIMUM_TOKENS = 8  # drawn from a sequence
 _MAXIMUM_EMBEDDINGS = 4096  # of a pool, whatever the number of ranks: the reference computes all its pairs
+_SOFT_TEMPERATURES = {"l2_repel": 64.0, "infonce_l2": 64.0}  # squared distances of the tiny model's states
 # DeepSpeed's own monitors write files.
 _MONITORS = {"tensorboard", "wandb", "comet", "csv_monitor", "flops_profiler"}
 
@@ -311,6 +312,8 @@ def tiny_settings(settings: Settings, layout: BatchLayout, hub_config: Pretraine
             "tokens_per_sequence": max(1, min(term.tokens_per_sequence, _MAXIMUM_TOKENS, _MAXIMUM_EMBEDDINGS // pool)),
             "layers": term.layers if isinstance(term.layers, str) else "all",
             "margin": max(term.margin, 0.5),  # pairs of random vectors must count
+            # A sharp exponential magnifies the rounding of bf16 beyond any bound; a factor does not depend on it.
+            "temperature": max(term.temperature, _SOFT_TEMPERATURES.get(term.variant, 1.0)),
             "warmup_tokens": 0,
             "decay_tokens": 0,
             "gradient_ratio_cap": None,

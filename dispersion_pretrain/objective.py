@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from dispersion_pretrain.baselines import Distillation, NoisyEmbeddings
 from dispersion_pretrain.config import DispersionSettings
-from dispersion_pretrain.dispersion import find_variant, pooled_dispersion
+from dispersion_pretrain.dispersion import checked_variant, pooled_dispersion
 from dispersion_pretrain.distributed import all_reduce_sum, counter_hash
 from dispersion_pretrain.pair_sums import DispersionOptions
 
@@ -56,49 +56,56 @@ class StepContext(NamedTuple):
 
 
 class GradientRatioCap:
-    """Bounds the norm of the dispersion gradient by a multiple of cross-entropy's, both at the last hidden state.
+    """Bounds the norm of the dispersion gradient by a multiple of the other terms', both at the last hidden state.
 
-    Both are known only when a step's backward passes are over, so a step is scaled by what the step before showed; the
-    first step is not scaled. Cross-entropy stands for all that reaches the last hidden state through the head.
+    Both are known only when a step's backward passes are over, so a step is bounded by what the step before showed; the
+    first step is not. The term's gradient is proportional to its coefficient, so the bound is one on the coefficient.
     """
 
     def __init__(self, cap: float) -> None:
         """`cap`: largest allowed ratio of the two norms, > 0."""
         self.cap = cap
-        self.factor = 1.0  # of the next step's coefficient; part of a checkpoint
-        self.ratio = math.nan  # that the last step had, its factor included
-        self._squares: Tensor | None = None  # of this step on this rank: (dispersion, cross-entropy)
+        self.bound = math.inf  # of the next step's coefficient; part of a checkpoint
+        self.ratio = math.nan  # that the last step had
+        self._squares: Tensor | None = None  # of this step's gradients on this rank: (dispersion, the rest)
 
-    def watch(self, hidden: Tensor, sampled: Tensor, positions: Tensor) -> None:
-        """Note the gradients of one micro-step as they pass.
+    def watch(self, tensor: Tensor, place: int) -> None:
+        """Add the square of the gradient that reaches `tensor` to that of the dispersion term (0) or of the rest (1).
 
-        Args:
-            hidden: (micro_batch, sequence_length, dim) last hidden state, which the head reads too.
-            sampled: (micro_batch, m, dim) what was gathered from it, at positions (micro_batch, m).
+        The term is watched at what it draws from the last hidden state, the rest at what the head reads: at ZeRO stage
+        3 these are two tensors, since DeepSpeed passes every output of a module through a function of its own.
         """
-        if not hidden.requires_grad:
+        if not tensor.requires_grad:
             return
-        of_term: list[Tensor] = []
-        sampled.register_hook(of_term.append)  # type: ignore[no-untyped-call]
+        if self._squares is None:
+            self._squares = torch.zeros(2, device=tensor.device)
+        squares = self._squares
 
-        def note(gradient: Tensor) -> None:  # of both terms together; the sampled ones have come before
-            own = of_term.pop().float()
-            rest = gradient.float().scatter_add(1, positions.unsqueeze(-1).expand_as(own), -own)
-            squares = torch.stack([own.square().sum(), rest.square().sum()])
-            self._squares = squares if self._squares is None else self._squares + squares
+        def note(gradient: Tensor) -> None:
+            squares[place] += gradient.float().square().sum()
 
-        hidden.register_hook(note)  # type: ignore[no-untyped-call]
+        tensor.register_hook(note)  # type: ignore[no-untyped-call]
 
-    def end_step(self) -> None:
-        """Take the step's ratio and set the factor of the next. Collective: world, one all-reduce of two numbers."""
+    def end_step(self, coefficient: float) -> None:
+        """Take the ratio of a step that had this coefficient, and bound the next step's.
+
+        Collective: world, one all-reduce of two numbers.
+
+        Raises:
+            RuntimeError: no gradient of the other terms has been seen; on every rank.
+        """
         if self._squares is None:  # the term was off
             return
         of_dispersion, of_rest = all_reduce_sum(self._squares).sqrt().tolist()
         self._squares = None
-        self.ratio = of_dispersion / of_rest if of_rest else math.inf
-        unscaled = self.ratio / self.factor
-        if math.isfinite(unscaled) and unscaled > 0:
-            self.factor = min(1.0, self.cap / unscaled)
+        if of_rest == 0:
+            raise RuntimeError(
+                "dispersion.gradient_ratio_cap: no gradient of cross-entropy reached the last hidden state, so the "
+                "ratio is not known. A model whose output embeddings read that state is needed. Remove the cap."
+            )
+        self.ratio = of_dispersion / of_rest
+        if math.isfinite(self.ratio) and self.ratio > 0:
+            self.bound = self.cap * coefficient / self.ratio
 
 
 class DispersionTerm(nn.Module):
@@ -131,7 +138,7 @@ class DispersionTerm(nn.Module):
         self.pools_per_rank = pools_per_rank
         self.pool_group = pool_group
         self.cap = None if settings.gradient_ratio_cap is None else GradientRatioCap(settings.gradient_ratio_cap)
-        find_variant(self.options)
+        checked_variant(self.options)
 
     # Collectives with host-side group objects: the compiled model stops here, at one boundary behind the last block.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -171,7 +178,7 @@ class DispersionTerm(nn.Module):
             for place, layer in enumerate(self.layers)
         ]  # of (micro_batch, m, dim)
         if self.cap is not None:
-            self.cap.watch(hidden_states[-1], sampled[-1], positions[-1])
+            self.cap.watch(sampled[-1], 0)
         sets = torch.stack(sampled).reshape(len(self.layers) * self.pools_per_rank, -1, dim)
         terms = pooled_dispersion(sets, group=self.pool_group, options=self.options)
         by_layer = [part.view(len(self.layers), -1).mean(1) for part in terms]
@@ -194,6 +201,14 @@ class TrainingModule(nn.Module):
         self.dispersion = dispersion
         self.noise = noise
         self.distillation = distillation
+        self._cap: GradientRatioCap | None = None  # while a step is measured
+        if dispersion is not None and dispersion.cap is not None:
+            whole: Any = model
+            whole.get_output_embeddings().register_forward_pre_hook(self._watch_head)
+
+    def _watch_head(self, _: nn.Module, inputs: tuple[Any, ...]) -> None:
+        if self._cap is not None:
+            self._cap.watch(inputs[0], 1)
 
     def forward(
         self, input_ids: Tensor, sample_index: Tensor | None = None, context: StepContext | None = None
@@ -207,12 +222,14 @@ class TrainingModule(nn.Module):
         Collective: as `DispersionTerm`, when the coefficient is not 0; as the teacher, where it is sharded.
         """
         if context is None:
+            self._cap = None
             outputs = self.model(input_ids=input_ids, use_cache=False, output_hidden_states=True)
             sums = token_cross_entropy(outputs.logits, input_ids).view(input_ids.shape[0], -1).sum(1)
             return EvaluationOutputs(sums, outputs.logits, outputs.hidden_states)
         # First, so that what the teacher needs besides its logits is free again when the student fills the memory.
         teacher_logits = self.distillation.teacher_logits(input_ids) if self.distillation is not None else None
         term = self.dispersion if context.coefficient > 0 else None
+        self._cap = term.cap if term is not None else None
         outputs = self.model(
             **self._inputs(input_ids, sample_index, context), use_cache=False, output_hidden_states=term is not None
         )

@@ -52,6 +52,9 @@ class PairSum(NamedTuple):
     # unit: x = z / (|z| + epsilon); standardised: the same after each z has lost its mean over features; raw: x = z.
     vectors: Literal["unit", "standardised", "raw"]
     logarithm: bool  # the loss is log mean exp(f) rather than mean f
+    has_clamp: bool = False  # f clamps cosines at `edge_of_clamp`
+    has_kernel: bool = False  # `angular_kernel` computes it on CPUs in float32
+    penalizes_norms: bool = False  # norm_weight x mean square is added
 
 
 class Pool(NamedTuple):
@@ -98,7 +101,7 @@ class PairSumLoss(torch.autograd.Function):
         num_pairs = num_embeddings * (num_embeddings - 1)
         with torch.autocast(embeddings.device.type, enabled=False):
             vectors = _prepare(pool, pair)
-            sweep = _angular_sweep if _has_kernel(vectors, options) else _sweep
+            sweep = _angular_sweep if _runs_kernel(pair, vectors, options) else _sweep
             found = sweep(vectors, slice(first_row, first_row + num_rows), pair, options)
             own_total = found.value.logsumexp(1) if pair.logarithm else found.value.sum(1)
             own = torch.stack([own_total, found.clamped, found.product])
@@ -268,10 +271,10 @@ def _block_terms(
         product = gram * scale * column_scale
         f, slope = pair.terms(product, options)
         by_length = torch.zeros_like(slope)
-        beyond = (product.abs() > edge_of_clamp(options, gram.dtype)) & ~itself
+        beyond = (product.abs() > edge_of_clamp(options, gram.dtype)) & ~itself & pair.has_clamp
         clamped = beyond.sum((1, 2))
     else:
-        q = (square + column_square - 2.0 * gram).clamp_min(0.0)
+        q = without_rounding(square + column_square - 2.0 * gram, square + column_square)
         a = size + column_size
         product = 0.5 * (a - q)
         f, by_distance, by_sum = pair.terms(q, a, options)
@@ -299,6 +302,11 @@ def _compiled_block_terms() -> Callable[..., tuple[Tensor, Tensor, Tensor, Tenso
     return torch.compile(_block_terms, dynamic=False)
 
 
+def without_rounding(difference: Tensor, size: Tensor) -> Tensor:
+    """`difference` of numbers of about `size`, 0 where it is no more than what rounding makes of equal numbers."""
+    return torch.where(difference <= 8 * torch.finfo(size.dtype).eps * size, torch.zeros_like(difference), difference)
+
+
 def edge_of_clamp(options: DispersionOptions, dtype: torch.dtype) -> float:
     """With no clamp a pair of equal directions has slope infinity; the type's own resolution bounds it."""
     return 1.0 - max(options.cosine_clamp, torch.finfo(dtype).eps)
@@ -307,10 +315,10 @@ def edge_of_clamp(options: DispersionOptions, dtype: torch.dtype) -> float:
 # ---- the angular sweep by the compiled kernel
 
 
-def _has_kernel(vectors: _Vectors, options: DispersionOptions) -> bool:
+def _runs_kernel(pair: PairSum, vectors: _Vectors, options: DispersionOptions) -> bool:
     """Whether `angular_kernel` computes this: it keeps no maximum, so exp(-1 / tau) must not underflow."""
     return (
-        (options.variant, options.angle) == ("angular", "arccos")
+        pair.has_kernel
         and options.temperature >= 0.02
         and vectors.basis.dtype == torch.float32
         and vectors.basis.device.type == "cpu"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import shutil
 import socket
 import time
@@ -124,13 +125,13 @@ def resume_run(parts: RunParts, resume: str) -> int:
     state = checkpoint.load_rank_state(found.path)
     distributed.restore_random_state(state["random"])
     if parts.gradient_cap is not None:
-        parts.gradient_cap.factor = state["objective"].get("gradient_cap_factor", 1.0)
+        parts.gradient_cap.bound = state.get("objective", {}).get("coefficient_bound", math.inf)
     return found.step
 
 
 def _objective_state(parts: RunParts) -> dict[str, float]:
     """What the objective carries from step to step."""
-    return {} if parts.gradient_cap is None else {"gradient_cap_factor": parts.gradient_cap.factor}
+    return {} if parts.gradient_cap is None else {"coefficient_bound": parts.gradient_cap.bound}
 
 
 def _refuse_other_run(parts: RunParts, found: checkpoint.CheckpointInfo) -> None:

@@ -140,7 +140,7 @@ def run(settings: Settings, *, resume: str = "auto") -> int:
         context = parts.context(step)
         train_step(parts.engine, batches, context, parts.totals, device)
         if parts.gradient_cap is not None:
-            parts.gradient_cap.end_step()
+            parts.gradient_cap.end_step(context.coefficient)
         step += 1
         stopping = distributed.any_rank(stop.requested)
         ending = stopping or step == settings.num_steps

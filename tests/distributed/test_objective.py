@@ -109,7 +109,7 @@ def step_on_rank(model: str, recompute: bool, micro_batch: int, groups: dict[int
         for name, value in zip(names, terms, strict=True):
             sums[name] = sums.get(name, 0.0) + value.detach() / layout.accumulation
     assert module.dispersion is not None and module.dispersion.cap is not None
-    module.dispersion.cap.end_step()
+    module.dispersion.cap.end_step(COEFFICIENT)
     sums["ratio"] = torch.tensor(module.dispersion.cap.ratio)
     sums |= {
         f"gradient/{name}": parameter.grad
@@ -188,7 +188,7 @@ def test_statistics_do_not_depend_on_the_layout(model: str, recompute: bool) -> 
         other = results_of(ranks)[model, recompute, micro_batch]
         assert torch.allclose(other["loss/mean_cosine"], first["loss/mean_cosine"], rtol=1e-4, atol=1e-6)
         assert torch.allclose(other["loss/clamped_share"], first["loss/clamped_share"], rtol=1e-3, atol=1e-6)
-        assert torch.allclose(other["ratio"], first["ratio"], rtol=1e-4) and first["ratio"] > 0.5
+        assert torch.allclose(other["ratio"], first["ratio"], rtol=1e-4) and first["ratio"] > 0.05
 
 
 def communication_on_rank(recompute: bool) -> list[list[tuple[str, str]]]:

@@ -72,6 +72,7 @@ RIGHT: list[dict[str, Any]] = [
     *({"stage": stage, "accumulation": accumulation} for stage in range(4) for accumulation in (1, 2)),
     {"precision": "bf16"},
     *({"term": {"variant": variant}, "accumulation": 2, "stage": 1} for variant in VARIANTS),
+    *({"term": {"variant": variant}, "precision": "bf16"} for variant in VARIANTS),
     *({"term": {"variant": variant, "angle": "atan2"}, "stage": 3} for variant in ("angular", "orthogonalization")),
     {"pool": 1, "accumulation": 16},
 ]

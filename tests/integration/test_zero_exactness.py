@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -38,7 +38,12 @@ def settings_for(stage: int, accumulation: int, world_size: int) -> Settings:
             "micro_batch": SEQUENCES // world_size // accumulation,
         },
         "optimizer": {"learning_rate": 1e-3, "gradient_clipping": 0.5},
-        "dispersion": {"coefficient": COEFFICIENT, "pool_sequences": 4, "tokens_per_sequence": 8},
+        "dispersion": {
+            "coefficient": COEFFICIENT,
+            "pool_sequences": 4,
+            "tokens_per_sequence": 8,
+            "gradient_ratio_cap": 1.0,
+        },
         "zero": {"stage": stage},
     }
     return parse_settings(tree, "test")
@@ -81,7 +86,7 @@ def reference() -> dict[str, Any]:
     layout = BatchLayout.derive(settings, 1)
     module = build_module(settings, layout)
     optimizer = torch.optim.AdamW(parameter_groups(module, settings.optimizer), lr=1e-3, betas=(0.9, 0.95), eps=1e-8)
-    losses, norms, gradients = [], [], {}
+    losses, norms, ratios, gradients = [], [], [], {}
     for step in range(STEPS):
         (batch,) = micro_batches(step, layout, 0)
         terms = module(batch.input_ids, batch.sample_index, context_for(step, layout))
@@ -90,9 +95,18 @@ def reference() -> dict[str, Any]:
             gradients = {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
         norms.append(float(torch.nn.utils.clip_grad_norm_(module.parameters(), 0.5)))
         losses.append((float(terms.cross_entropy), float(terms.dispersion)))
+        ratios.append(ratio_of(module))
         optimizer.step()
         optimizer.zero_grad()
-    return {"losses": losses, "norms": norms, "gradients": gradients}
+    return {"losses": losses, "norms": norms, "ratios": ratios, "gradients": gradients}
+
+
+def ratio_of(module: torch.nn.Module) -> float:
+    """Of the gradients of the two terms at the last hidden state in the step that ends."""
+    cap = cast(DispersionTerm, module.get_submodule("dispersion")).cap
+    assert cap is not None
+    cap.end_step(COEFFICIENT)
+    return cap.ratio
 
 
 def through_deepspeed(stages: list[int], accumulations: list[int]) -> dict[tuple[int, int], dict[str, Any]]:
@@ -105,7 +119,7 @@ def through_deepspeed(stages: list[int], accumulations: list[int]) -> dict[tuple
             layout = BatchLayout.derive(settings, distributed.world_size())
             assert layout.accumulation == accumulation
             engine = GradientWatch(DeepSpeedEngine(build_module(settings, layout), settings, layout))
-            losses, norms, totals = [], [], StepTotals()
+            losses, norms, ratios, totals = [], [], [], StepTotals()
             gradients: dict[str, Tensor] = {}
             for step in range(STEPS):
                 batches = iter(micro_batches(step, layout, distributed.rank()))
@@ -113,8 +127,9 @@ def through_deepspeed(stages: list[int], accumulations: list[int]) -> dict[tuple
                 means = totals.reduce()
                 losses.append((means["cross_entropy"], means["dispersion"]))
                 norms.append(engine.engine.gradient_norm())
+                ratios.append(ratio_of(engine.engine.module))
                 gradients = gradients or engine.gradients
-            found[stage, accumulation] = {"losses": losses, "norms": norms, "gradients": gradients}
+            found[stage, accumulation] = {"losses": losses, "norms": norms, "ratios": ratios, "gradients": gradients}
     return found
 
 
@@ -146,4 +161,5 @@ def test_train_step_equals_one_process(
         torch.testing.assert_close(
             torch.tensor(found["losses"]), torch.tensor(expected["losses"]), rtol=1e-5, atol=1e-6
         )
-        torch.testing.assert_close(torch.tensor(found["norms"]), torch.tensor(expected["norms"]), rtol=1e-5, atol=0)
+        for key in ("norms", "ratios"):
+            torch.testing.assert_close(torch.tensor(found[key]), torch.tensor(expected[key]), rtol=1e-5, atol=0)

@@ -164,6 +164,30 @@ def test_short_vectors_keep_their_direction() -> None:
         assert dispersion_loss(z * scale).item() == pytest.approx(dispersion_loss(z).item(), rel=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("temperature", [0.1, 1.0])
+@pytest.mark.parametrize("options", KINDS, ids=str)
+def test_equal_rows_push_each_other_nowhere(options: dict[str, Any], temperature: float, dtype: torch.dtype) -> None:
+    # ordinary in a causal model: sequences that begin with the same token have the same states there
+    z = embeddings_of((1, 16, 24), offset=1.0)[:, torch.arange(64) % 16].to(dtype)
+    if "l2" in options["variant"]:
+        temperature *= 30.0
+    reference, leaf = z.double().requires_grad_(), z.clone().requires_grad_()
+    plain = plain_dispersion_loss(reference, **options, temperature=temperature)
+    expected = value_and_gradient(plain.mean(), reference)
+    actual = value_and_gradient(dispersion_loss(leaf, **options, temperature=temperature), leaf)
+    bound = 1e-11 if dtype == torch.float64 else 1e-5 if "l2" not in options["variant"] else 1e-3
+    assert relative_difference(actual[0].double(), expected[0]) < bound
+    assert relative_difference(actual[1].double(), expected[1]) < bound
+
+
+def test_only_variants_with_a_clamp_count_clamped_pairs() -> None:
+    condensed = embeddings_of((1, 12, 16), offset=30.0, spread=0.1)
+    for options in [{}, *KINDS]:
+        has_clamp = options.get("variant") in (None, "orthogonalization") and "angle" not in options
+        assert terms_of(condensed, **options).clamped_share.item() == (1.0 if has_clamp else 0.0)
+
+
 @pytest.mark.parametrize("options", [{}, *KINDS], ids=str)
 def test_non_finite_embeddings_are_not_hidden(options: dict[str, Any]) -> None:
     for value in (float("nan"), float("inf")):

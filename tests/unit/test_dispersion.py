@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from typing import Any
 
 import pytest
 import torch
 
+from dispersion_pretrain.config import DispersionSettings
 from dispersion_pretrain.dispersion import (
     DispersionTerms,
     dispersion_loss,
@@ -90,6 +92,8 @@ def test_only_the_loss_carries_a_gradient() -> None:
         (torch.zeros(2, 4, 3, dtype=torch.int64), "int64"),
         (torch.zeros(2, 1, 3), "a set of 1 embedding has no pair"),
         (torch.zeros(2, 0, 3), "a set of 0 embedding has no pair"),
+        (torch.zeros(0, 4, 3), r"shape \(0, 4, 3\)"),
+        (torch.zeros(2, 4, 0), r"shape \(2, 4, 0\)"),
     ],
 )
 def test_wrong_tensors_are_refused(embeddings: torch.Tensor, message: str) -> None:
@@ -177,3 +181,12 @@ def test_the_gradient_of_atan2_does_not_fade_where_the_clamp_makes_it() -> None:
             norms[angle, spread] = gradient.norm().item()
     assert norms["atan2", 0.01] > 0.7 * norms["atan2", 0.3]
     assert norms["arccos", 0.01] < 0.2 * norms["arccos", 0.3]
+
+
+def test_defaults_are_the_same_everywhere() -> None:
+    of_options = DispersionOptions()._asdict()
+    settings = DispersionSettings()
+    assert {name: getattr(settings, name) for name in of_options} == of_options
+    for function in (dispersion_loss, pooled_dispersion_loss):
+        parameters = inspect.signature(function).parameters
+        assert {name: parameters[name].default for name in of_options} == of_options

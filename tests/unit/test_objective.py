@@ -330,34 +330,54 @@ class TestGradientRatioCap:
         module = TrainingModule(model, dispersion)
         module.train().model.eval()
         module(batch(), torch.arange(4), context(3.0, step=2)).total.backward()
-        cap.end_step()
+        cap.end_step(3.0)
         of_term, of_rest = self.norms(model, 3.0)
         assert cap.ratio == pytest.approx(of_term / of_rest, rel=1e-4)
-        assert cap.factor == pytest.approx(min(1.0, 0.5 * of_rest / of_term), rel=1e-4)
+        assert cap.bound == pytest.approx(3.0 * 0.5 * of_rest / of_term, rel=1e-4)
 
-    def test_the_next_step_is_bounded_and_recovers(self) -> None:
+    def test_the_next_step_is_bounded_while_the_schedule_rises_too(self) -> None:
         dispersion = term([4], gradient_ratio_cap=0.01)
         cap = dispersion.cap
         assert cap is not None
         module = TrainingModule(build("qwen3"), dispersion)
         ratios = []
-        for _ in range(3):  # the same weights and positions each time
-            module(batch(), torch.arange(4), context(50.0 * cap.factor)).total.backward()
-            cap.end_step()
+        for scheduled in (25.0, 50.0, 75.0, 1e-6):  # the same weights and positions each time
+            coefficient = min(scheduled, cap.bound)
+            module(batch(), torch.arange(4), context(coefficient)).total.backward()
+            cap.end_step(coefficient)
             ratios.append(cap.ratio)
         assert ratios[0] > 0.1, "the first step only shows the ratio"
-        assert ratios[1:] == pytest.approx([0.01, 0.01], rel=1e-3)
-        module(batch(), torch.arange(4), context(1e-6 * cap.factor)).total.backward()
-        cap.end_step()
-        assert cap.factor == 1.0
+        assert ratios[1:3] == pytest.approx([0.01, 0.01], rel=1e-3)
+        assert ratios[3] < 1e-4, "a bound is no target"
 
     def test_a_step_without_the_term_changes_nothing(self) -> None:
         dispersion = term([4], gradient_ratio_cap=0.01)
         assert dispersion.cap is not None
         module = TrainingModule(build("gpt2"), dispersion)
         module(batch(), torch.arange(4), context(0.0)).total.backward()
-        dispersion.cap.end_step()
-        assert dispersion.cap.factor == 1.0 and math.isnan(dispersion.cap.ratio)
+        dispersion.cap.end_step(0.0)
+        assert dispersion.cap.bound == math.inf and math.isnan(dispersion.cap.ratio)
+
+    def test_evaluation_is_not_measured(self) -> None:
+        dispersion = term([4], gradient_ratio_cap=0.01)
+        assert dispersion.cap is not None
+        module = TrainingModule(build("gpt2"), dispersion)
+        module(batch(), torch.arange(4), context(1.0)).total.backward()
+        squares = dispersion.cap._squares
+        assert squares is not None
+        before = squares.clone()
+        module(batch()).logits.sum().backward()
+        assert torch.equal(squares, before)
+
+    def test_a_head_that_reads_nothing_is_an_error(self) -> None:
+        dispersion = term([4], gradient_ratio_cap=0.01)
+        cap = dispersion.cap
+        assert cap is not None
+        sampled = torch.randn(3, requires_grad=True)
+        cap.watch(sampled, 0)
+        sampled.sum().backward()
+        with pytest.raises(RuntimeError, match="no gradient of cross-entropy reached the last hidden state"):
+            cap.end_step(1.0)
 
     def test_measuring_changes_no_gradient(self) -> None:
         plain = loss_and_gradients(TrainingModule(build("gpt2"), term([1, 4])), 1.0)

@@ -55,6 +55,7 @@ class RunParts:
     order: GlobalOrder
     engine: DeepSpeedEngine
     gradient_cap: GradientRatioCap | None  # of the dispersion term
+    teacher: TeacherPlan | None  # of distillation
     totals: metrics.StepTotals = field(default_factory=metrics.StepTotals)
 
     def tokens(self, step: int) -> int:
@@ -336,6 +337,7 @@ def assemble(settings: Settings, device: torch.device) -> RunParts:
         order=order,
         engine=engine,
         gradient_cap=term.cap if term is not None else None,
+        teacher=plan.teacher,
     )
 
 

@@ -6,6 +6,7 @@ recompute, resume or another layout draw the same. All of it is off where its se
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ _NOISE = int.from_bytes(b"noise", "big")
 _FORGETTING = int.from_bytes(b"forget", "big")
 
 _DIVERGENCE_BLOCK = 2**22  # logits that the divergence turns into float32 distributions at a time: they fit caches
+_FINGERPRINT_BYTES = 2**20  # of either end of a weight file
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt", "tokenizer.model")
 
 
@@ -214,6 +216,7 @@ class TeacherPlan:
     config: PretrainedConfig
     parameters: int
     compared: str  # how it was found to speak the corpus' language
+    fingerprint: str  # of its weights: a resume goes on with the same
 
 
 def plan_teacher(
@@ -247,7 +250,23 @@ def plan_teacher(
             "sequences."
         )
     compared = _compare_tokenizers(name, config.vocab_size, vocabulary=vocabulary, tokenizer=tokenizer)
-    return TeacherPlan(config, parameters, compared)
+    return TeacherPlan(config, parameters, compared, _fingerprint(name, config))
+
+
+def _fingerprint(name: str, config: PretrainedConfig) -> str:
+    """Tell teachers apart without reading gigabytes: the hub's commit, or size and both ends of each weight file."""
+    folder = Path(name)
+    if not folder.is_dir():
+        return str(getattr(config, "_commit_hash", None))
+    digest = hashlib.sha256()
+    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size} ".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(_FINGERPRINT_BYTES))
+            file.seek(max(0, size - _FINGERPRINT_BYTES))
+            digest.update(file.read())
+    return digest.hexdigest()
 
 
 def _compare_tokenizers(name: str, teacher_vocabulary: int, *, vocabulary: int, tokenizer: Path) -> str:

@@ -22,8 +22,8 @@ from dispersion_pretrain.settings_file import dump_settings
 
 _REFERENCE_TOKENS = 16
 
-# Settings that decide the trajectory: with another value a resume would go on with another run. Nothing depends on a
-# teacher's place or on its division over ranks.
+# Settings with which another value makes another run. A teacher may lie elsewhere or be divided otherwise: its weights
+# are compared.
 _FIXED = (
     "run.seed",
     "model.config",
@@ -74,6 +74,7 @@ def save_run(parts: RunParts, step: int) -> float:
         extra={
             "git_commit": provenance.git_commit() if distributed.is_main() else None,
             "data_order": parts.order.fingerprint(),
+            "teacher": parts.teacher.fingerprint if parts.teacher else None,
         },
     )
     with distributed.failing_together(f"{settings.run_folder}: cannot look after older checkpoints"):
@@ -148,6 +149,9 @@ def _refuse_other_run(parts: RunParts, found: checkpoint.CheckpointInfo) -> None
         differences.append(
             "the corpus or its shuffle (data.corpus, data.shuffle, run.seed) is not the one of the checkpoint"
         )
+    teacher = found.manifest["extra"].get("teacher")
+    if parts.teacher is not None and teacher not in (None, parts.teacher.fingerprint):
+        differences.append("the weights in distillation.teacher are not those of the checkpoint")
     if differences:
         raise RuntimeError(
             f"{found.path}: {'; '.join(differences)}. An exact resume needs them equal. Restore them, or start "

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from dispersion_pretrain import distributed
@@ -112,6 +113,11 @@ def test_sigkill_and_resume_right_before_a_reset(corpus: Path, teacher: str, tmp
     assert [figures["active_forgetting/resets"] for _, figures in sorted(curve(whole).items())] == [
         *[0, 0, 0, 0], *[1, 1, 1, 1], *[2, 2, 2, 2]
     ]  # fmt: skip
+    other = shutil.copytree(teacher, tmp_path / "other")
+    weights = load_file(other / "model.safetensors")
+    save_file({name: tensor + 0.1 for name, tensor in weights.items()}, other / "model.safetensors", {"format": "pt"})
+    refused = finish([*commands[0], f"distillation.teacher={other}"], tmp_path / "log", expected=1)
+    assert "the weights in distillation.teacher are not those of the checkpoint" in refused
 
 
 VARIANTS = ("", "noisy_embeddings", "active_forgetting", "distillation")

@@ -28,17 +28,17 @@ from spawn import run_ranks
 SEQUENCES, LENGTH, VOCABULARY = 8, 16, 61
 TEACHER_PADDING = 3  # the teacher's matrices are so many rows longer
 
-# stage, precision, tied embeddings, offloaded optimizer
+# stage, precision, tied embeddings
 RESETS = [
-    (0, "float32", True, False), (1, "float32", False, False), (2, "float32", True, False), (3, "float32", True, False),
-    (0, "bf16", True, False), (1, "bf16", True, False), (2, "bf16", False, False), (3, "bf16", True, False),
-    (3, "float32", False, False),
+    (0, "float32", True), (1, "float32", False), (2, "float32", True), (3, "float32", True),
+    (0, "bf16", True), (1, "bf16", True), (2, "bf16", False), (3, "bf16", True),
+    (3, "float32", False),
 ]  # fmt: skip
 # stage, accumulation, sharded teacher
 DISTILLATIONS = [(0, 1, False), (2, 2, False), (3, 1, False), (1, 2, True), (3, 2, True)]
 
 
-def settings_for(stage: int = 0, precision: str = "float32", tied: bool = True, offload: bool = False,
+def settings_for(stage: int = 0, precision: str = "float32", tied: bool = True,
                  micro_batch: int = SEQUENCES, **sections: Any) -> Settings:  # fmt: skip
     model = {
         "model_type": "llama", "hidden_size": 15, "intermediate_size": 24, "num_hidden_layers": 2, "head_dim": 4,
@@ -54,7 +54,7 @@ def settings_for(stage: int = 0, precision: str = "float32", tied: bool = True, 
             "global_batch_tokens": SEQUENCES * LENGTH, "max_tokens": 10 * SEQUENCES * LENGTH, "micro_batch": micro_batch
         },
         "optimizer": {"learning_rate": 1e-2, "gradient_clipping": 0.5},
-        "zero": {"stage": stage, "offload_optimizer": offload, "overrides": gathering},
+        "zero": {"stage": stage, "overrides": gathering},
         **sections,
     }  # fmt: skip
     return parse_settings(tree, "test")
@@ -121,7 +121,7 @@ def unpartitioned_copies(engine: Any) -> dict[str, Tensor]:
     return found
 
 
-def resets_on_rank(cases: list[tuple[int, str, bool, bool]], folder: str, device: torch.device) -> dict[Any, Any]:
+def resets_on_rank(cases: list[tuple[int, str, bool]], folder: str, device: torch.device) -> dict[Any, Any]:
     """Train two steps, reset, look at every copy, train two more; then resume from before the reset and repeat it."""
     found = {}
     for case in cases:
@@ -174,8 +174,8 @@ def resets_on_rank(cases: list[tuple[int, str, bool, bool]], folder: str, device
     return found
 
 
-def check_reset(case: tuple[int, str, bool, bool], results: list[dict[Any, dict[str, Any]]]) -> None:
-    _, precision, tied, _ = case
+def check_reset(case: tuple[int, str, bool], results: list[dict[Any, dict[str, Any]]]) -> None:
+    _, precision, tied = case
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     name = "model.model.embed_tokens.weight"
     reference = build(settings_for(*case)).to(dtype)
@@ -333,7 +333,7 @@ def found_by_rank(teacher: str, tmp_path_factory: pytest.TempPathFactory) -> lis
 
 @pytest.mark.parametrize("case", RESETS, ids=lambda case: f"zero{case[0]}-{case[1]}-{'tied' if case[2] else 'untied'}")
 def test_a_reset_reaches_every_copy_and_nothing_else(
-    case: tuple[int, str, bool, bool], found_by_rank: list[dict[Any, dict[str, Any]]]
+    case: tuple[int, str, bool], found_by_rank: list[dict[Any, dict[str, Any]]]
 ) -> None:
     check_reset(case, found_by_rank)
 

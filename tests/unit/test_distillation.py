@@ -265,7 +265,8 @@ def test_a_resume_keeps_the_baselines(
     )  # fmt: skip
     order = SimpleNamespace(fingerprint=lambda: "same")
     settings = settings_with(corpus, **wanted)
-    parts: Any = SimpleNamespace(settings=settings, layout=SimpleNamespace(world_size=1), order=order)
+    layout = SimpleNamespace(world_size=1)
+    parts: Any = SimpleNamespace(settings=settings, layout=layout, order=order, teacher=None)
     if not message:
         _refuse_other_run(parts, found)
         return

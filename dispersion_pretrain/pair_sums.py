@@ -7,7 +7,7 @@ row therefore needs the others only as constants, and it is one matrix product:
     dS/dz_i = 2 sum_j A_ij z_j      A_ij = r_i r_j df/dc_ij,   A_ii from the lengths and from x = z / |z|
 
 So ranks that share a set gather it once, each sweeps its own rows, and no collective is left for the backward pass.
-Two matrix products instead of autograd's three, and nothing of size N x N kept for backward.
+Two matrix products instead of autograd's three, and nothing larger than the embeddings kept for backward.
 """
 
 from __future__ import annotations

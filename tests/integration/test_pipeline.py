@@ -79,7 +79,11 @@ def test_mid_training_goes_on_from_an_export(trained: Path, corpus: Path, tmp_pa
     done = run_script("launch/export_hf.py", str(trained), "--out", str(exported))
     assert done.returncode == 0, done.stderr
     config = write_config(
-        tmp_path, corpus, model={"config": None, "pretrained": str(exported)}, training={"max_tokens": 1024}
+        tmp_path,
+        corpus,
+        model={"config": None, "pretrained": str(exported)},
+        training={"max_tokens": 1024},
+        dispersion={"warmup_tokens": 0},
     )
     finish(pretrain_command(config, launcher="torchrun"), tmp_path / "log")
     before = trajectory(trained)[12]["validation/cross_entropy"]

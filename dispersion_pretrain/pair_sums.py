@@ -73,7 +73,7 @@ class Pool(NamedTuple):
 
 
 class PairSumLoss(torch.autograd.Function):
-    """The sweep in forward; backward only scales what it left."""
+    """The sweep in forward; backward scales what it left, the gradient or the weights of its last product."""
 
     @staticmethod
     def forward(

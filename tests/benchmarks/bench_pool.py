@@ -70,7 +70,7 @@ def cost_on_rank(rounds: int) -> Cost:
 def bytes_sent(ranks: int, element_size: int) -> tuple[float, float]:
     """By one rank: (all-gather of a ring, all-reduce of a ring), for all layers of one micro-step."""
     own = LAYERS * EMBEDDINGS / ranks * DIM * element_size
-    sums = ranks * 2 * LAYERS * 8  # a place for each rank, two float64 a layer
+    sums = ranks * 3 * LAYERS * 8  # a place for each rank, three float64 a layer
     return own * (ranks - 1), 2 * sums * (ranks - 1) / ranks
 
 

@@ -152,7 +152,7 @@ def communication_on_rank(pool_ranks: int, dtype: torch.dtype) -> dict[str, Any]
 )
 def test_communication(num_ranks: int, pool_ranks: int, dtype: torch.dtype) -> None:
     results = run_ranks(communication_on_rank, num_ranks, pool_ranks, dtype)
-    # The samples travel in their own type, for all layers at once; the sums, two numbers a layer, in float64.
+    # The samples travel in their own type, for all layers at once; the sums, three numbers a layer, in float64.
     expected = [("allgather_base", str(dtype)), ("allreduce", "torch.float64")] if pool_ranks > 1 else []
     for result in results:
         assert result["control"] == [("allreduce", "torch.float32")]

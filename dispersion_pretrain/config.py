@@ -137,7 +137,7 @@ class DispersionSettings(_Section):
         None,
         gt=0,
         description="bound of the term's gradient norm over that of cross-entropy, both at the last hidden state; a "
-        "step is scaled by what the step before showed; null: neither measured nor bound",
+        "step is bounded by what the step before showed; null: neither measured nor bound",
     )
 
     @model_validator(mode="after")

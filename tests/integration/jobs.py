@@ -44,7 +44,7 @@ def write_config(folder: Path, corpus: Path, **sections: dict[str, Any] | None) 
             "pool_sequences": 4,
             "tokens_per_sequence": 16,
             "warmup_tokens": 2048,
-            "gradient_ratio_cap": 1e-3,  # what a resume must restore
+            "gradient_ratio_cap": 1e-3,  # the bound that it sets is state, which a resume must restore
         },
         "validation": {"every_steps": 6, "sequences": 8},
         "checkpoint": {"every_steps": 4, "keep_last": 2},

@@ -22,21 +22,14 @@ from dispersion_pretrain.baselines import (
     plan_teacher,
 )
 from dispersion_pretrain.config import DispersionSettings, Settings
-from dispersion_pretrain.data import (
-    Batch,
-    BatchStream,
-    CorpusManifest,
-    GlobalOrder,
-    TokenCorpus,
-    read_manifest,
-    tokenizer_path,
-    validation_batches,
-)
+from dispersion_pretrain.corpus import CorpusManifest, TokenCorpus, read_manifest, tokenizer_path
+from dispersion_pretrain.data import Batch, BatchStream, validation_batches
 from dispersion_pretrain.dispersion import checked_variant
 from dispersion_pretrain.engine import DeepSpeedEngine, sharded_for_inference
 from dispersion_pretrain.layout import BatchLayout
 from dispersion_pretrain.model import ModelSize, build_model, model_config, model_size
 from dispersion_pretrain.objective import DispersionTerm, GradientRatioCap, StepContext, TrainingModule, options_of
+from dispersion_pretrain.order import GlobalOrder
 
 
 @dataclass

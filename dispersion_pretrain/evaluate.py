@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dispersion_pretrain import checkpoint, export, provenance, suites
 from dispersion_pretrain.config import Settings
-from dispersion_pretrain.data import read_manifest
+from dispersion_pretrain.corpus import read_manifest
 from dispersion_pretrain.settings_file import load_settings
 from dispersion_pretrain.suites import Suite, load_suite
 

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from dispersion_pretrain import checkpoint, distributed, metrics, provenance
 from dispersion_pretrain.assembly import RunParts
 from dispersion_pretrain.config import Settings
-from dispersion_pretrain.data import tokenizer_path
+from dispersion_pretrain.corpus import tokenizer_path
 from dispersion_pretrain.evaluate import pending_evaluations
 from dispersion_pretrain.export import MODEL_CONFIG_FOLDER, REFERENCE_FILE
 from dispersion_pretrain.settings_file import dump_settings

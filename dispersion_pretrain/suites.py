@@ -16,7 +16,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from transformers import AutoTokenizer
 
-from dispersion_pretrain.data import TokenCorpus, read_manifest, tokenizer_path
+from dispersion_pretrain.corpus import TokenCorpus, read_manifest, tokenizer_path
 
 _REPOSITORY = Path(__file__).resolve().parent.parent
 _BOOTSTRAP_DRAWS = 100  # for the standard error of metrics that have no closed form

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from dispersion_pretrain.condensation import Condensation, causal_lm_forward, measure, plot_curves, plot_heatmap
-from dispersion_pretrain.data import CorpusManifest, TokenCorpus, read_manifest
+from dispersion_pretrain.corpus import CorpusManifest, TokenCorpus, read_manifest
 from dispersion_pretrain.model import load_exported
 
 if TYPE_CHECKING:

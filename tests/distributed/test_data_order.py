@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from dispersion_pretrain.data import BatchStream, TokenCorpus
+from dispersion_pretrain.corpus import TokenCorpus
+from dispersion_pretrain.data import BatchStream
+from small_corpus import TRAIN_SEQUENCES, flip_byte, sequence, write_corpus
 from spawn import run_ranks
-from unit.test_data import TRAIN_SEQUENCES, flip_byte, sequence, write_corpus
 
 WORLD_SIZE = 3
 GLOBAL_BATCH = 12

@@ -1,14 +1,10 @@
-"""The corpus, the global order, and each rank's share of it."""
+"""Each rank's share of the global order."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import shutil
 import threading
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -17,60 +13,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from dispersion_pretrain.data import (
-    Batch,
-    BatchStream,
-    GlobalOrder,
-    TokenCorpus,
-    read_manifest,
-    tokenizer_path,
-    validation_batches,
+from dispersion_pretrain.corpus import TokenCorpus
+from dispersion_pretrain.data import BatchStream, validation_batches
+from dispersion_pretrain.order import GlobalOrder
+from small_corpus import (
+    LENGTH,
+    TRAIN_SEQUENCES,
+    VALIDATION_SEQUENCES,
+    flip_byte,
+    sequence,
+    take,
+    write_corpus,
 )
-
-# isort: split
-from streaming import MDSWriter  # after the package, which makes torchvision importable
-
-LENGTH = 8
-TRAIN_SEQUENCES = 37
-VALIDATION_SEQUENCES = 11
-SHARDS = 4
-
-
-def sequence(split: str, sample_id: int) -> NDArray[np.uint16]:
-    """Return the tokens that `write_corpus` puts in the place of one sample."""
-    return np.random.default_rng([sample_id, len(split)]).integers(0, 1000, LENGTH).astype(np.uint16)
-
-
-def write_corpus(folder: Path, first_sample: int = 0) -> Path:
-    """Write a small corpus of several shards by the file contract alone, without data_prep."""
-    splits = {}
-    for split, sequences in (("train", TRAIN_SEQUENCES), ("validation", VALIDATION_SEQUENCES)):
-        columns = {"tokens": f"ndarray:uint16:{LENGTH}"}
-        with MDSWriter(columns=columns, out=str(folder / split), hashes=["sha256"], size_limit=400) as writer:
-            for sample_id in range(sequences):
-                writer.write({"tokens": sequence(split, first_sample + sample_id)})
-        splits[split] = {
-            "documents": 3,
-            "sequences": sequences,
-            "tokens": sequences * LENGTH,
-            "dropped_tokens": 1,
-            "bytes": 1234,
-            "index_sha256": hashlib.sha256((folder / split / "index.json").read_bytes()).hexdigest(),
-        }
-    (folder / "tokenizer").mkdir()
-    (folder / "tokenizer" / "tokenizer.json").write_text("{}")
-    corpus = {
-        "format_version": 1,
-        "source": {"name": "numbers"},
-        "sequence_length": LENGTH,
-        "token_dtype": "uint16",
-        "vocab_size": 1000,
-        "eos_token_id": 0,
-        "tokenizer": {"name": "none", "folder": "tokenizer", "sha256": hashlib.sha256(b"{}").hexdigest()},
-        "splits": splits,
-    }
-    (folder / "corpus.json").write_text(json.dumps(corpus))
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -83,104 +37,6 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def folder(tmp_path: Path) -> Path:
     """A corpus that the test may damage."""
     return write_corpus(tmp_path / "corpus")
-
-
-def take(corpus: TokenCorpus, *, steps: int, start_step: int = 0, **layout: int) -> list[Batch]:
-    """Read whole optimizer steps of one rank."""
-    stream = BatchStream(corpus, corpus.order("py1e", seed=3), start_step=start_step, **layout)
-    try:
-        return [next(stream) for _ in range(steps * layout["accumulation"])]
-    finally:
-        stream.close()
-
-
-def test_random_access_gives_every_sequence(whole: Path) -> None:
-    for split in ("train", "validation"):
-        corpus = TokenCorpus(whole, split)
-        for sample_id in np.random.default_rng(0).permutation(len(corpus)):
-            np.testing.assert_array_equal(corpus[int(sample_id)], sequence(split, int(sample_id)))
-    assert len(TokenCorpus(whole, "train").shard_sizes) == SHARDS
-
-
-@pytest.mark.parametrize("sample_id", [-1, TRAIN_SEQUENCES])
-def test_outside_of_the_corpus_is_an_error(whole: Path, sample_id: int) -> None:
-    with pytest.raises(IndexError, match=f"there are {TRAIN_SEQUENCES}"):
-        TokenCorpus(whole, "train")[sample_id]
-
-
-def test_manifest_says_what_corpus_json_says(whole: Path) -> None:
-    manifest = read_manifest(whole)
-    raw = json.loads((whole / "corpus.json").read_text())
-    said = manifest.model_dump(exclude={"location", "sha256", "tokenizer"})
-    assert said == {key: value for key, value in raw.items() if key != "tokenizer"}
-    assert manifest.tokenizer.name == "none"
-    assert manifest.location == str(whole)
-
-
-def test_missing_manifest_names_the_command(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"corpus\.json: cannot be read.*python data_prep/tokenize_to_mds\.py.*--out"):
-        read_manifest(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("path", "value"),
-    [
-        ("format_version", 2),
-        ("sequence_length", 1),
-        ("sequence_length", "8"),
-        ("token_dtype", "int64"),
-        ("vocab_size", 70_000),
-        ("eos_token_id", 1000),
-        ("source", None),
-        ("tokenizer.folder", None),
-        ("tokenizer.sha256", 5),
-        ("splits.train.sequences", True),
-        ("splits.train.tokens", TRAIN_SEQUENCES * LENGTH + 1),
-        ("splits.train.tokens", None),
-        ("splits.validation.bytes", 0),
-        ("splits.validation.index_sha256", None),
-        ("splits.validation", None),
-    ],
-)
-def test_wrong_field_of_the_manifest_is_named(folder: Path, path: str, value: Any) -> None:
-    corpus = json.loads((folder / "corpus.json").read_text())
-    *parents, key = path.split(".")
-    place = corpus
-    for parent in parents:
-        place = place[parent]
-    if value is None:
-        del place[key]
-    else:
-        place[key] = value
-    (folder / "corpus.json").write_text(json.dumps(corpus))
-    with pytest.raises(ValueError, match=r"corpus\.json: .*--overwrite") as error:
-        read_manifest(folder)
-    # A missing split is reported as too few splits.
-    assert (path if path != "splits.validation" else "splits") in str(error.value)
-
-
-@pytest.mark.parametrize("content", ["", "[1]", '{"format_version": 1'])
-def test_manifest_that_is_no_object(folder: Path, content: str) -> None:
-    (folder / "corpus.json").write_text(content)
-    with pytest.raises(ValueError, match="is not a JSON object"):
-        read_manifest(folder)
-
-
-def flip_byte(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[-3] ^= 1  # in a token: the sample still has its length
-    path.write_bytes(content)
-
-
-@pytest.mark.parametrize("damage", [flip_byte, Path.unlink, lambda path: path.write_bytes(path.read_bytes()[:-5])])
-def test_damaged_or_missing_shard_is_named(folder: Path, damage: Any) -> None:
-    damage(folder / "train" / "shard.00002.mds")
-    corpus = TokenCorpus(folder, "train")
-    first = int(corpus.shard_sizes[:2].sum())
-    corpus[first - 1]
-    corpus[first + int(corpus.shard_sizes[2])]
-    with pytest.raises(RuntimeError, match=r"train/shard\.00002\.mds: is (damaged|missing).*--overwrite"):
-        corpus[first]
 
 
 def test_what_fails_in_the_thread_reaches_next(folder: Path) -> None:
@@ -199,102 +55,6 @@ def test_what_fails_in_the_thread_reaches_next(folder: Path) -> None:
     stream.close()
 
 
-def test_shard_that_vanishes_during_the_run_is_named(folder: Path) -> None:
-    corpus = TokenCorpus(folder, "train")
-    corpus[0]
-    (folder / "train" / "shard.00000.mds").unlink()
-    with pytest.raises(RuntimeError, match=r"shard\.00000\.mds: sample 1 can no longer be read"):
-        corpus[1]
-
-
-def test_changed_index_is_named(folder: Path) -> None:
-    index = folder / "train" / "index.json"
-    listed = json.loads(index.read_text())
-    del listed["shards"][-1]
-    index.write_text(json.dumps(listed))
-    with pytest.raises(RuntimeError, match=r"train/index\.json: is damaged"):
-        TokenCorpus(folder, "train")
-
-
-def test_index_that_lists_too_little_is_noticed_although_its_hash_fits(folder: Path) -> None:
-    index = folder / "train" / "index.json"
-    listed = json.loads(index.read_text())
-    del listed["shards"][-1]
-    index.write_text(json.dumps(listed))
-    corpus = json.loads((folder / "corpus.json").read_text())
-    corpus["splits"]["train"]["index_sha256"] = hashlib.sha256(index.read_bytes()).hexdigest()
-    (folder / "corpus.json").write_text(json.dumps(corpus))
-    with pytest.raises(RuntimeError, match=rf"index\.json: lists \d+ sequences, corpus\.json {TRAIN_SEQUENCES}"):
-        TokenCorpus(folder, "train")
-
-
-def test_shards_of_another_length_are_noticed(folder: Path) -> None:
-    corpus = json.loads((folder / "corpus.json").read_text())
-    corpus["sequence_length"] = 2 * LENGTH
-    for split in corpus["splits"].values():
-        split["tokens"] *= 2
-    (folder / "corpus.json").write_text(json.dumps(corpus))
-    with pytest.raises(RuntimeError, match=r"index\.json: has columns.*uint16:8.*uint16:16"):
-        TokenCorpus(folder, "train")
-
-
-def test_local_corpus_is_only_read(folder: Path) -> None:
-    before = sorted(folder.rglob("*"))
-    corpus = TokenCorpus(folder, "train")
-    take(corpus, steps=5, rank=0, world_size=1, micro_batch=8, accumulation=1)
-    tokenizer_path(corpus.manifest)
-    assert sorted(folder.rglob("*")) == before
-
-
-def test_cache_holds_what_was_read_and_survives_its_origin(folder: Path, tmp_path: Path) -> None:
-    cache = tmp_path / "cache"
-    corpus = TokenCorpus(folder, "train", cache)
-    assert not list(cache.rglob("*.mds"))
-    corpus[0]
-    assert [path.name for path in cache.rglob("*.mds")] == ["shard.00000.mds"]
-    for sample_id in range(len(corpus)):
-        corpus[sample_id]
-    manifest = read_manifest(folder)
-    assert (tokenizer_path(manifest, cache) / "tokenizer.json").read_text() == "{}"
-    shutil.rmtree(folder)
-    again = TokenCorpus(manifest, "train", cache)
-    for sample_id in range(len(again)):
-        np.testing.assert_array_equal(again[sample_id], sequence("train", sample_id))
-
-
-def test_damaged_copy_in_a_cache_is_fetched_again(folder: Path, tmp_path: Path) -> None:
-    TokenCorpus(folder, "train", tmp_path / "cache")[0]
-    (copy,) = (tmp_path / "cache").rglob("shard.00000.mds")
-    (index,) = (tmp_path / "cache").rglob("index.json")
-    flip_byte(copy)
-    index.write_text("{")
-    corpus = TokenCorpus(folder, "train", tmp_path / "cache")
-    np.testing.assert_array_equal(corpus[0], sequence("train", 0))
-
-
-def test_damaged_origin_of_a_cache_is_named(folder: Path, tmp_path: Path) -> None:
-    flip_byte(folder / "train" / "shard.00000.mds")
-    corpus = TokenCorpus(folder, "train", tmp_path / "cache")
-    with pytest.raises(RuntimeError, match=r"shard\.00000\.mds: is damaged.*Copy it again from where .*corpus"):
-        corpus[0]
-
-
-def test_two_corpora_do_not_meet_in_a_cache(folder: Path, tmp_path: Path) -> None:
-    cache = tmp_path / "cache"
-    first, second = TokenCorpus(folder, "train", cache), TokenCorpus(write_corpus(tmp_path / "b", 100), "train", cache)
-    np.testing.assert_array_equal(first[0], sequence("train", 0))
-    np.testing.assert_array_equal(second[0], sequence("train", 100))
-    np.testing.assert_array_equal(first[1], sequence("train", 1))
-
-
-def test_remote_corpus_needs_a_cache_and_a_known_storage(whole: Path) -> None:
-    manifest = read_manifest(whole).model_copy(update={"location": "s3://bucket/corpus"})
-    with pytest.raises(ValueError, match=r"data\.cache: is not set, but data\.corpus is remote"):
-        TokenCorpus(manifest, "train")
-    with pytest.raises(ValueError, match="neverland://corpus/corpus.json: cannot be read.*Unsupported remote path"):
-        read_manifest("neverland://corpus")
-
-
 def test_fingerprint_changes_with_all_that_decides_the_order(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     corpus = TokenCorpus(whole, "train")
     base = corpus.order("py1e", 1).fingerprint()
@@ -303,7 +63,7 @@ def test_fingerprint_changes_with_all_that_decides_the_order(whole: Path, monkey
     others |= {corpus.order("none", 1).fingerprint(), TokenCorpus(whole, "validation").order("py1e", 1).fingerprint()}
     others.add(GlobalOrder(len(corpus), corpus.shard_sizes, "py1e", 1, "another corpus").fingerprint())
     order = corpus.order("py1e", 1)
-    monkeypatch.setattr("dispersion_pretrain.data.get_shuffle", lambda *arguments: np.arange(508))
+    monkeypatch.setattr("dispersion_pretrain.order.get_shuffle", lambda *arguments: np.arange(508))
     others.add(order.fingerprint())  # as if another version of the library shuffled otherwise
     assert len(others | {base}) == 7
 

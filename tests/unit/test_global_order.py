@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from dispersion_pretrain.data import GlobalOrder
+from dispersion_pretrain.order import GlobalOrder
 
 shard_sizes = st.lists(st.integers(1, 40), min_size=1, max_size=6).map(lambda sizes: np.array(sizes, np.int64))
 

@@ -22,14 +22,13 @@ from dispersion_pretrain.baselines import (
     plan_teacher,
 )
 from dispersion_pretrain.config import DispersionSettings, Settings
-from dispersion_pretrain.corpus import CorpusManifest, TokenCorpus, read_manifest, tokenizer_path
-from dispersion_pretrain.data import Batch, BatchStream, validation_batches
+from dispersion_pretrain.corpora import Corpora, CorporaPlan
+from dispersion_pretrain.data import Batch, BatchStream
 from dispersion_pretrain.dispersion import checked_variant
 from dispersion_pretrain.engine import DeepSpeedEngine, sharded_for_inference
 from dispersion_pretrain.layout import BatchLayout
 from dispersion_pretrain.model import ModelSize, build_model, model_config, model_size
 from dispersion_pretrain.objective import DispersionTerm, GradientRatioCap, StepContext, TrainingModule, options_of
-from dispersion_pretrain.order import GlobalOrder
 
 
 @dataclass
@@ -42,10 +41,7 @@ class RunParts:
     layers: list[int]  # hidden states of the dispersion term
     size: ModelSize
     hub_config: PretrainedConfig
-    manifest: CorpusManifest
-    corpus: TokenCorpus
-    validation_corpus: TokenCorpus
-    order: GlobalOrder
+    corpora: Corpora
     engine: DeepSpeedEngine
     gradient_cap: GradientRatioCap | None  # of the dispersion term
     teacher: TeacherPlan | None  # of distillation
@@ -107,28 +103,11 @@ class RunParts:
 
     def batches(self, first_step: int) -> BatchStream:
         """This rank's micro-batches from a step on; read ahead in the background."""
-        return BatchStream(
-            self.corpus,
-            self.order,
-            rank=distributed.rank(),
-            world_size=self.layout.world_size,
-            micro_batch=self.layout.micro_batch,
-            accumulation=self.layout.accumulation,
-            start_step=first_step,
-            prefetch=self.settings.data.prefetch,
-        )
+        return self.corpora.batches(self.layout, distributed.rank(), first_step)
 
     def validation_batches(self, num_sequences: int) -> Iterator[Batch]:
         """This rank's share of the first validation sequences; the same number of batches on every rank."""
-        return iter(
-            validation_batches(
-                self.validation_corpus,
-                rank=distributed.rank(),
-                world_size=self.layout.world_size,
-                micro_batch=self.layout.micro_batch,
-                num_sequences=num_sequences,
-            )
-        )
+        return self.corpora.validation_batches(self.layout, distributed.rank(), num_sequences)
 
     @property
     def flops_per_token(self) -> int:
@@ -148,7 +127,7 @@ class RunParts:
 class Plan:
     """What the settings come to on a number of ranks, without a weight in memory."""
 
-    manifest: CorpusManifest
+    corpora: CorporaPlan
     layout: BatchLayout
     hub_config: PretrainedConfig
     size: ModelSize
@@ -157,21 +136,15 @@ class Plan:
 
     @classmethod
     def make(cls, settings: Settings, world_size: int) -> Plan:
-        """Check that settings, corpus, model and number of ranks fit together; reads the corpus' manifest.
+        """Check that settings, corpora, model and number of ranks fit together; reads the corpora's manifests.
 
         Raises:
             ValueError: they do not; names the place, the value and what is legal.
         """
         layout = BatchLayout.derive(settings, world_size)
-        manifest = read_manifest(settings.data.corpus)
-        if manifest.sequence_length != settings.data.sequence_length:
-            raise ValueError(
-                f"data.sequence_length: {settings.data.sequence_length}, but {settings.data.corpus} holds sequences "
-                f"of {manifest.sequence_length} "
-                f"tokens. They must agree. Use {manifest.sequence_length}, or prepare the corpus again with --seq-len."
-            )
+        corpora = CorporaPlan.make(settings.data)
         hub_config = model_config(
-            settings.model, vocabulary=manifest.vocab_size, sequence_length=settings.data.sequence_length
+            settings.model, vocabulary=corpora.vocab_size, sequence_length=settings.data.sequence_length
         )
         size = model_size(settings.model, hub_config)
         layers = _check_term(settings.dispersion, size.layers) if settings.dispersion else []
@@ -182,26 +155,23 @@ class Plan:
         if settings.distillation is not None:
             teacher = plan_teacher(
                 settings.distillation,
-                vocabulary=manifest.vocab_size,
+                vocabulary=corpora.vocab_size,
                 sequence_length=settings.data.sequence_length,
-                tokenizer=tokenizer_path(manifest, settings.data.cache),
+                tokenizer=corpora.tokenizer(),
             )
-        return cls(manifest, layout, hub_config, size, layers, teacher)
+        return cls(corpora, layout, hub_config, size, layers, teacher)
 
     def describe(self, settings: Settings) -> str:
         """The figures as lines of text."""
         size, layout, training = self.size, self.layout, settings.training
-        train = self.manifest.splits["train"]
         sequences, tokens = settings.global_batch_sequences, settings.num_steps * training.global_batch_tokens
         lines = [
             f"model        {self.hub_config.model_type}, {size.parameters:,} parameters, {size.layers} layers of "
             f"width {size.width}, vocabulary {size.vocabulary:,}, {settings.model.precision}",
-            f"corpus       {settings.data.corpus}: {train.tokens:,} training tokens in {train.sequences:,} sequences "
-            f"of {settings.data.sequence_length}",
+            *self.corpora.describe(tokens),
             f"step         {training.global_batch_tokens:,} tokens = {sequences:,} sequences = {layout.world_size} "
             f"ranks x {layout.micro_batch} micro-batch x {layout.accumulation} accumulation",
-            f"run          {settings.num_steps:,} steps, {tokens:,} tokens, {tokens / train.tokens:.2f} epochs, into "
-            f"{settings.run_folder}",
+            f"run          {settings.num_steps:,} steps, {tokens:,} tokens, into {settings.run_folder}",
             f"ZeRO         stage {settings.zero.stage}",
             *self._describe_baselines(settings),
         ]
@@ -302,8 +272,7 @@ def assemble(settings: Settings, device: torch.device) -> RunParts:
         RuntimeError: a damaged corpus.
     """
     plan = Plan.make(settings, distributed.world_size())
-    corpus = TokenCorpus(plan.manifest, "train", cache=settings.data.cache)
-    order = corpus.order(settings.data.shuffle, settings.run.seed)
+    corpora = Corpora(plan.corpora, settings.run.seed)
     distillation = None
     if plan.teacher is not None:  # before anything is seeded: reading it leaves no trace in the random numbers
         distillation = _distillation(settings, plan, device)
@@ -324,10 +293,7 @@ def assemble(settings: Settings, device: torch.device) -> RunParts:
         layers=plan.layers,
         size=plan.size,
         hub_config=plan.hub_config,
-        manifest=plan.manifest,
-        corpus=corpus,
-        validation_corpus=TokenCorpus(plan.manifest, "validation", cache=settings.data.cache),
-        order=order,
+        corpora=corpora,
         engine=engine,
         gradient_cap=term.cap if term is not None else None,
         teacher=plan.teacher,
@@ -339,4 +305,4 @@ def _distillation(settings: Settings, plan: Plan, device: torch.device) -> Disti
     assert section is not None and plan.teacher is not None
     teacher = load_teacher(settings, plan.teacher.config)
     teacher = sharded_for_inference(teacher) if section.sharded else teacher.to(device)
-    return Distillation(section, teacher, vocabulary=plan.manifest.vocab_size)
+    return Distillation(section, teacher, vocabulary=plan.corpora.vocab_size)

@@ -71,14 +71,81 @@ class ModelSettings(_Section):
         return self
 
 
+class CorpusSettings(_Section):
+    path: str = Field(description="folder or URL that data_prep wrote (corpus.json and the MDS shards)")
+    mirrors: list[str] = Field([], description="folders or URLs with the same content, tried where `path` fails")
+    proportion: float | None = Field(
+        None, gt=0, description="its tokens in the run, in relation to the proportions of the others"
+    )
+    repeat: float | None = Field(
+        None, gt=0, description="how often it is read in one round of the mix; 1 if neither this nor tokens is given"
+    )
+    tokens: int | None = Field(None, ge=1, description="its tokens in one round of the mix, in place of repeat")
+
+    @model_validator(mode="after")
+    def _one_share(self) -> CorpusSettings:
+        given = [name for name in ("proportion", "repeat", "tokens") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(
+                f"{' and '.join(given)}: each says how much of {self.path} is read. At most one of them is allowed. "
+                "Leave the others out."
+            )
+        return self
+
+
 class DataSettings(_Section):
-    corpus: str = Field(description="folder or URL that data_prep wrote (corpus.json and the MDS shards)")
-    cache: str | None = Field(None, description="local folder for the shards of a remote corpus")
+    corpus: str | None = Field(None, description="path of the one corpus, if it is one and has no mirrors")
+    corpora: list[CorpusSettings] | None = Field(None, description="in place of corpus: one or several to be mixed")
+    cache: str | None = Field(
+        None, description="local folder for the shards of remote corpora; ranks and jobs of a node may share it"
+    )
+    cache_limit_gib: float | None = Field(
+        None, gt=0, description="bound of the shards in that folder; the least recently used make room. null: none"
+    )
     sequence_length: int = Field(ge=2, description="tokens a sample; must be the corpus' own")
-    shuffle: Literal["py1e", "py1s", "none"] = Field(
-        "py1e", description="shard-aware shuffle algorithm of mosaicml-streaming"
+    shuffle: Literal["windows", "none"] = Field(
+        "windows", description="shards in random order, samples shuffled within windows of it; none: as prepared"
+    )
+    shuffle_window_tokens: int = Field(
+        2**28, ge=2, description="tokens of a window; a cache should hold two (here 1 GiB a corpus at 16 bits a token)"
     )
     prefetch: int = Field(8, ge=1, description="micro-batches read ahead by each rank")
+    prefetch_threads: int = Field(2, ge=1, description="shards that each rank fetches and checks at a time")
+    allow_change: bool = Field(
+        False, description="resume although what decides the order of samples was changed; the new order goes on"
+    )
+
+    @model_validator(mode="after")
+    def _some_corpus(self) -> DataSettings:
+        if (self.corpus is None) == (self.corpora is None):
+            raise ValueError(
+                "corpus and corpora: exactly one of them is needed. corpus is a path, corpora a list of them with "
+                "shares or mirrors. Give one and leave the other out."
+            )
+        sources = self.sources
+        if not sources:
+            raise ValueError("corpora: is empty. At least one corpus is needed. Name one.")
+        kinds = {source.proportion is not None for source in sources}
+        if len(kinds) == 2:
+            raise ValueError(
+                "corpora: some have a proportion, others have none. Either all have one, or each has repeat, tokens "
+                "or neither. Make them agree."
+            )
+        paths = [source.path for source in sources]
+        twice = sorted({path for path in paths if paths.count(path) > 1})
+        if twice:
+            raise ValueError(f"corpora: {twice[0]} stands there twice. Once is allowed. Add up what it is to have.")
+        return self
+
+    @property
+    def sources(self) -> list[CorpusSettings]:
+        """The corpora of the run, however they were named."""
+        return [CorpusSettings(path=self.corpus)] if self.corpus is not None else list(self.corpora or [])
+
+    @property
+    def window_samples(self) -> int:
+        """Samples of a window of the shuffle."""
+        return max(1, self.shuffle_window_tokens // self.sequence_length)
 
 
 class TrainingSettings(_Section):

@@ -14,7 +14,6 @@ import pydantic
 from numpy.typing import NDArray
 
 from dispersion_pretrain.corpus_files import REMEDY, CorpusFiles
-from dispersion_pretrain.order import GlobalOrder, Shuffle
 from dispersion_pretrain.remotes import AllRefused, read_bytes
 
 
@@ -243,7 +242,7 @@ class TokenCorpus:
             if shard_id not in self._first_bytes:
                 self._first_bytes[shard_id] = self._check_offsets(shard, descriptor)
             for row, target in zip(rows, targets, strict=True):
-                num_read = os.preadv(descriptor, [target], self._first_bytes[shard_id] + row * self._sample_bytes)
+                num_read = os.preadv(descriptor, [target.data], self._first_bytes[shard_id] + row * self._sample_bytes)
                 if num_read != self._sample_bytes:
                     raise RuntimeError(
                         f"{self._files.folder / shard.name}: became shorter while it was read. Nothing may write "
@@ -264,8 +263,3 @@ class TokenCorpus:
                 f"bytes, as its index says. {REMEDY}"
             )
         return first
-
-    def order(self, shuffle: Shuffle, seed: int) -> GlobalOrder:
-        """Return the order of this split's samples."""
-        identity = f"{self.index_sha256}:{self.manifest.sequence_length}"
-        return GlobalOrder(len(self), self.shard_sizes, shuffle, seed, identity)

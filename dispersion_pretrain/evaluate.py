@@ -78,7 +78,7 @@ class _Job:
 
     @property
     def corpus(self) -> str | None:
-        return self.options.corpus or (self.settings.data.corpus if self.settings else None)
+        return self.options.corpus or (self.settings.data.sources[0].path if self.settings else None)
 
     def identity(self, earlier: dict[str, Any] | None) -> dict[str, Any]:
         """What decides the scores. A checkpoint that was removed since is the one of the `earlier` results."""

@@ -15,7 +15,6 @@ from safetensors.torch import save_file
 from dispersion_pretrain import checkpoint, distributed, metrics, provenance
 from dispersion_pretrain.assembly import RunParts
 from dispersion_pretrain.config import Settings
-from dispersion_pretrain.corpus import tokenizer_path
 from dispersion_pretrain.evaluate import pending_evaluations
 from dispersion_pretrain.export import MODEL_CONFIG_FOLDER, REFERENCE_FILE
 from dispersion_pretrain.settings_file import dump_settings
@@ -29,7 +28,6 @@ _FIXED = (
     "model.config",
     "model.pretrained",
     "model.precision",
-    "data.sequence_length",
     "training.global_batch_tokens",
     "zero.stage",
     "noisy_embeddings.alpha",
@@ -73,7 +71,7 @@ def save_run(parts: RunParts, step: int) -> float:
         versions=provenance.versions(),
         extra={
             "git_commit": provenance.git_commit() if distributed.is_main() else None,
-            "data_order": parts.order.fingerprint(),
+            "data_order": parts.corpora.order.fingerprint(),
             "teacher": parts.teacher.fingerprint if parts.teacher else None,
         },
     )
@@ -88,7 +86,7 @@ def _reference(parts: RunParts) -> dict[str, torch.Tensor]:
     """Logits of the running model on fixed tokens: input_ids (1, n) int64, logits (1, n, vocabulary) float32."""
     tokens = min(_REFERENCE_TOKENS, parts.settings.data.sequence_length)
     drawn = distributed.counter_hash(0, torch.arange(tokens))
-    input_ids = (drawn.abs() % parts.manifest.vocab_size)[None]
+    input_ids = (drawn.abs() % parts.corpora.plan.vocab_size)[None]
     parts.engine.train(False)
     with torch.no_grad():
         logits = parts.engine(input_ids.to(parts.device)).logits
@@ -145,18 +143,32 @@ def _refuse_other_run(parts: RunParts, found: checkpoint.CheckpointInfo) -> None
     ]
     if found.world_size != parts.layout.world_size:
         differences.append(f"the number of ranks was {found.world_size} and is {parts.layout.world_size}")
-    if found.manifest["extra"]["data_order"] != parts.order.fingerprint():
-        differences.append(
-            "the corpus or its shuffle (data.corpus, data.shuffle, run.seed) is not the one of the checkpoint"
-        )
+    reordered = _order_changes(found.manifest["extra"]["data_order"], parts.corpora.order.fingerprint())
+    if not parts.settings.data.allow_change:
+        differences += reordered
     teacher = found.manifest["extra"].get("teacher")
     if parts.teacher is not None and teacher not in (None, parts.teacher.fingerprint):
         differences.append("the weights in distillation.teacher are not those of the checkpoint")
     if differences:
+        also = "" if len(differences) > len(reordered) else " Or let data.allow_change=true go on in the new order."
         raise RuntimeError(
             f"{found.path}: {'; '.join(differences)}. An exact resume needs them equal. Restore them, or start "
-            "another run with run.name."
+            f"another run with run.name.{also}"
         )
+    if reordered and distributed.is_main():
+        _log.warning(
+            "%s: %s. The data goes on in the new order, at sample %d.",
+            found.path, "; ".join(reordered), found.step * parts.settings.global_batch_sequences,
+        )  # fmt: skip
+
+
+def _order_changes(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
+    """What differs between two fingerprints of the order, in words; what has a message of its own is left out."""
+    return [
+        f"{field} was {saved.get(field)!r} and is {current.get(field)!r}"
+        for field in {**saved, **current}
+        if saved.get(field) != current.get(field) and field not in _FIXED
+    ]
 
 
 def _value(settings: Settings, key: str) -> Any:
@@ -181,8 +193,7 @@ def prepare_run_folder(parts: RunParts, first_step: int) -> None:
         (folder / "config.yaml.tmp").write_text(dump_settings(parts.settings), encoding="utf-8")
         (folder / "config.yaml.tmp").replace(folder / "config.yaml")
         if not (folder / "tokenizer").exists():
-            tokenizer = tokenizer_path(parts.manifest, parts.settings.data.cache)
-            shutil.copytree(tokenizer, folder / "tokenizer.tmp", dirs_exist_ok=True)
+            shutil.copytree(parts.corpora.plan.tokenizer(), folder / "tokenizer.tmp", dirs_exist_ok=True)
             (folder / "tokenizer.tmp").replace(folder / "tokenizer")
         metrics.append_start(
             folder,

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from dispersion_pretrain.corpus import TokenCorpus
 from dispersion_pretrain.data import Batch, BatchStream
+from dispersion_pretrain.order import GlobalOrder, OrderedCorpus, Shuffle
 
 # isort: split
 from streaming import MDSWriter  # after the package, which makes torchvision importable
@@ -64,9 +65,17 @@ def flip_byte(path: Path) -> None:
     path.write_bytes(content)
 
 
-def take(corpus: TokenCorpus, *, steps: int, start_step: int = 0, **layout: int) -> list[Batch]:
+def order_of(corpus: TokenCorpus, *, shuffle: Shuffle = "windows", seed: int = 3) -> GlobalOrder:
+    """The order of one corpus, in windows of about a shard and a half."""
+    ordered = OrderedCorpus(corpus.index_sha256, corpus.shard_sizes)
+    return GlobalOrder([ordered], shuffle=shuffle, seed=seed, window_samples=15, sequence_length=LENGTH)
+
+
+def take(
+    corpus: TokenCorpus, *, steps: int, start_step: int = 0, order: GlobalOrder | None = None, **layout: int
+) -> list[Batch]:
     """Read whole optimizer steps of one rank."""
-    stream = BatchStream(corpus, corpus.order("py1e", seed=3), start_step=start_step, **layout)
+    stream = BatchStream([corpus], order or order_of(corpus), start_step=start_step, **layout)
     try:
         return [next(stream) for _ in range(steps * layout["accumulation"])]
     finally:

@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from dispersion_pretrain.corpus import TokenCorpus
 from dispersion_pretrain.data import BatchStream
-from small_corpus import TRAIN_SEQUENCES, flip_byte, sequence, write_corpus
+from small_corpus import TRAIN_SEQUENCES, flip_byte, order_of, sequence, write_corpus
 from spawn import run_ranks
 
 WORLD_SIZE = 3
@@ -38,9 +38,8 @@ class Outcome:
 
 def _share(corpus: TokenCorpus, rank: int, world_size: int) -> list[list[list[int]]]:
     accumulation = GLOBAL_BATCH // (world_size * MICRO_BATCH)
-    order = corpus.order("py1e", seed=5)
     layout = dict(rank=rank, world_size=world_size, micro_batch=MICRO_BATCH, accumulation=accumulation)
-    stream = BatchStream(corpus, order, start_step=0, **layout)
+    stream = BatchStream([corpus], order_of(corpus, seed=5), start_step=0, **layout)
     share = [next(stream).input_ids.tolist() for _ in range(STEPS * accumulation)]
     stream.close()
     return share

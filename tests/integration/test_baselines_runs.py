@@ -149,7 +149,7 @@ def first_steps(path: str) -> dict[str, dict[str, Any]]:
             entropies.append(parts.totals.reduce()["cross_entropy"])
         batches.close()
         found[name] = {"weights": weights, "streams": streams, "seen": seen, "entropies": entropies,
-                       "order": parts.order.fingerprint()}  # fmt: skip
+                       "order": parts.corpora.order.fingerprint()}  # fmt: skip
     return found
 
 

@@ -81,7 +81,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ),
     ({"run.qqqqqq": 3}, r"run\.qqqqqq: unknown key, with the value 3\. Known here: name, folder, seed, doctor\."),
     # missing
-    ({"data": {"sequence_length": 8}}, r"data\.corpus: is missing"),
+    ({"data": {"corpus": "x"}}, r"data\.sequence_length: is missing"),
     ({"training": {}}, r"training\.global_batch_tokens: is missing"),
     # wrong types and values
     ({"run.seed": "seven"}, r"run\.seed: 'seven' is not allowed.*valid integer"),
@@ -108,6 +108,20 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"model.config": {"n_layer": 2}}, r"model\.config: model_type is missing"),
     ({"dispersion.pool_sequences": 1, "dispersion.tokens_per_sequence": 1}, r"1 embedding has no pair"),
     ({"dispersion.tokens_per_sequence": 9}, r"dispersion\.tokens_per_sequence: 9 of a sequence of 8 tokens.* Use 8 or"),
+    ({"data": {"sequence_length": 8}}, r"data\.corpus and corpora: exactly one of them is needed"),
+    ({"data.corpora": [{"path": "x"}]}, r"data\.corpus and corpora: exactly one of them is needed"),
+    ({"data": {"sequence_length": 8, "corpora": []}}, r"data\.corpora: is empty"),
+    (
+        {"data": {"sequence_length": 8, "corpora": [{"path": "x", "proportion": 1, "repeat": 2}]}},
+        r"data\.corpora\.0\.proportion and repeat: each says how much of x is read",
+    ),
+    (
+        {"data": {"sequence_length": 8, "corpora": [{"path": "x", "proportion": 1}, {"path": "y"}]}},
+        r"data\.corpora: some have a proportion",
+    ),
+    ({"data": {"sequence_length": 8, "corpora": [{"path": "x"}] * 2}}, r"data\.corpora: x stands there twice"),
+    ({"data": {"sequence_length": 8, "corpora": [{"path": "x", "proportion": 0}]}}, r"proportion: 0 is not allowed"),
+    ({"data.shuffle": "py1e"}, r"data\.shuffle: 'py1e' is not allowed.*'windows' or 'none'"),
     ({"training.global_batch_tokens": 60}, r"global_batch_tokens: 60 is no multiple .* Use 56 or 64\."),
     ({"training.global_batch_tokens": 5}, r"global_batch_tokens: 5 is no multiple .* Use 8 or 8\."),
     ({"training.max_tokens": 63}, r"training\.max_tokens: 63 is less than one step"),

@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from dispersion_pretrain.corpus import TokenCorpus
-from dispersion_pretrain.data import BatchStream, validation_batches
-from dispersion_pretrain.order import GlobalOrder
+from dispersion_pretrain.data import BatchStream, validation_batches, validation_counts
 from small_corpus import (
     LENGTH,
     TRAIN_SEQUENCES,
     VALIDATION_SEQUENCES,
     flip_byte,
+    order_of,
     sequence,
     take,
     write_corpus,
@@ -43,7 +43,7 @@ def test_what_fails_in_the_thread_reaches_next(folder: Path) -> None:
     flip_byte(folder / "train" / "shard.00002.mds")
     corpus = TokenCorpus(folder, "train")
     layout = dict(rank=0, world_size=1, micro_batch=4, accumulation=1)
-    stream = BatchStream(corpus, corpus.order("none", 0), start_step=0, **layout)
+    stream = BatchStream([corpus], order_of(corpus, shuffle="none"), start_step=0, **layout)
     good = 0
     with pytest.raises(RuntimeError, match=r"shard\.00002\.mds: is damaged"):
         for _ in range(TRAIN_SEQUENCES):
@@ -53,19 +53,6 @@ def test_what_fails_in_the_thread_reaches_next(folder: Path) -> None:
     with pytest.raises(RuntimeError, match=r"shard\.00002\.mds"):  # and not a wait for ever
         next(stream)
     stream.close()
-
-
-def test_fingerprint_changes_with_all_that_decides_the_order(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    corpus = TokenCorpus(whole, "train")
-    base = corpus.order("py1e", 1).fingerprint()
-    assert corpus.order("py1e", 1).fingerprint() == base
-    others = {corpus.order("py1e", 2).fingerprint(), corpus.order("py1s", 1).fingerprint()}
-    others |= {corpus.order("none", 1).fingerprint(), TokenCorpus(whole, "validation").order("py1e", 1).fingerprint()}
-    others.add(GlobalOrder(len(corpus), corpus.shard_sizes, "py1e", 1, "another corpus").fingerprint())
-    order = corpus.order("py1e", 1)
-    monkeypatch.setattr("dispersion_pretrain.order.get_shuffle", lambda *arguments: np.arange(508))
-    others.add(order.fingerprint())  # as if another version of the library shuffled otherwise
-    assert len(others | {base}) == 7
 
 
 @pytest.mark.parametrize(
@@ -82,7 +69,7 @@ def test_wrong_stream_arguments(whole: Path, arguments: dict[str, int], message:
     corpus = TokenCorpus(whole, "train")
     good = dict(rank=0, world_size=2, micro_batch=1, accumulation=1, start_step=0)
     with pytest.raises(ValueError, match=message):
-        BatchStream(corpus, corpus.order("py1e", 0), **(good | arguments))
+        BatchStream([corpus], order_of(corpus), **(good | arguments))
 
 
 def test_batch_has_the_promised_types(whole: Path) -> None:
@@ -104,7 +91,7 @@ def test_every_position_once_in_its_place(
 ) -> None:
     """The rule of dealing, from the global position: step, then micro-step, then rank, then place in the batch."""
     corpus = TokenCorpus(whole, "train")
-    order = corpus.order("py1e", seed=3)
+    order = order_of(corpus)
     steps = 2
     seen = []
     for rank in range(world_size):
@@ -116,7 +103,7 @@ def test_every_position_once_in_its_place(
             expected = first + rank * micro_batch + torch.arange(micro_batch)
             assert torch.equal(batch.sample_index, expected)
             for position, tokens in zip(batch.sample_index.tolist(), batch.input_ids.numpy(), strict=True):
-                np.testing.assert_array_equal(tokens, sequence("train", order.sample_id(position)))
+                np.testing.assert_array_equal(tokens, sequence("train", order.place(position).sample_id))
             seen += batch.sample_index.tolist()
     global_batch = world_size * micro_batch * accumulation
     assert sorted(seen) == list(range(start_step * global_batch, (start_step + steps) * global_batch))
@@ -155,16 +142,16 @@ def test_start_step_continues_where_the_stream_was(whole: Path) -> None:
 
 def test_reading_ahead_is_bounded_and_ends_with_close(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     corpus = TokenCorpus(whole, "train")
-    read = []
-    original = TokenCorpus.__getitem__
+    read: list[int] = []
+    original = TokenCorpus.read
 
-    def counting(self: TokenCorpus, sample_id: int) -> NDArray[np.generic]:
-        read.append(sample_id)
-        return original(self, sample_id)
+    def counting(self: TokenCorpus, sample_ids: list[int]) -> NDArray[np.generic]:
+        read.extend(sample_ids)
+        return original(self, sample_ids)
 
-    monkeypatch.setattr(TokenCorpus, "__getitem__", counting)
+    monkeypatch.setattr(TokenCorpus, "read", counting)
     layout = dict(rank=0, world_size=1, micro_batch=2, accumulation=1)
-    stream = BatchStream(corpus, corpus.order("py1e", 0), start_step=0, prefetch=3, **layout)
+    stream = BatchStream([corpus], order_of(corpus), start_step=0, prefetch=3, **layout)
     next(stream)
     time.sleep(0.3)
     assert len(read) == 2 * (1 + 3 + 1)  # taken, waiting, and the one that waits for a place
@@ -175,15 +162,15 @@ def test_reading_ahead_is_bounded_and_ends_with_close(whole: Path, monkeypatch: 
 
 def test_waiting_is_counted(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     corpus = TokenCorpus(whole, "train")
-    original = TokenCorpus.__getitem__
+    original = TokenCorpus.read
 
-    def slow(self: TokenCorpus, sample_id: int) -> NDArray[np.generic]:
-        time.sleep(0.05)
-        return original(self, sample_id)
+    def slow(self: TokenCorpus, sample_ids: list[int]) -> NDArray[np.generic]:
+        time.sleep(0.1)
+        return original(self, sample_ids)
 
-    monkeypatch.setattr(TokenCorpus, "__getitem__", slow)
+    monkeypatch.setattr(TokenCorpus, "read", slow)
     layout = dict(rank=0, world_size=1, micro_batch=2, accumulation=1)
-    stream = BatchStream(corpus, corpus.order("py1e", 0), start_step=0, **layout)
+    stream = BatchStream([corpus], order_of(corpus), start_step=0, **layout)
     for _ in range(3):
         next(stream)
     assert 0.2 < stream.wait_s < 2
@@ -199,8 +186,9 @@ def test_validation_counts_every_sample_once_and_ranks_stay_together(
     whole: Path, world_size: int, micro_batch: int, num_sequences: int
 ) -> None:
     corpus = TokenCorpus(whole, "validation")
-    layout = dict(world_size=world_size, micro_batch=micro_batch, num_sequences=num_sequences)
-    ranks = [validation_batches(corpus, rank=rank, **layout) for rank in range(world_size)]
+    counts = validation_counts(order_of(corpus), [len(corpus)], num_sequences)
+    layout = dict(world_size=world_size, micro_batch=micro_batch)
+    ranks = [validation_batches([corpus], counts, rank=rank, **layout) for rank in range(world_size)]
     assert len({len(batches) for batches in ranks}) == 1
     counted = []
     for together in zip(*ranks, strict=True):

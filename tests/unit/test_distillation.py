@@ -259,14 +259,15 @@ RESUMES = [
 def test_a_resume_keeps_the_baselines(
     corpus: Path, tmp_path: Path, saved: dict[str, Any], wanted: dict[str, Any], message: str
 ) -> None:
+    of_saved = settings_with(corpus, **saved).model_dump(mode="json")
     found = CheckpointInfo(
         path=tmp_path, step=1, tokens=1, samples=1, world_size=1,
-        manifest={"settings": settings_with(corpus, **saved).model_dump(mode="json"), "extra": {"data_order": "same"}},
+        manifest={"settings": of_saved, "extra": {"data_order": {}}},
     )  # fmt: skip
-    order = SimpleNamespace(fingerprint=lambda: "same")
+    corpora = SimpleNamespace(order=SimpleNamespace(fingerprint=dict))
     settings = settings_with(corpus, **wanted)
     layout = SimpleNamespace(world_size=1)
-    parts: Any = SimpleNamespace(settings=settings, layout=layout, order=order, teacher=None)
+    parts: Any = SimpleNamespace(settings=settings, layout=layout, corpora=corpora, teacher=None)
     if not message:
         _refuse_other_run(parts, found)
         return

@@ -24,9 +24,10 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import filelock
 
+from portions import Source
 from prep_errors import InputError
 from progress_bar import TokenProgress
-from sources import Source, is_validation, open_source
+from sources import documents, is_validation, open_source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -158,7 +159,7 @@ def build(folder: Path, source: Source, arguments: argparse.Namespace) -> dict[s
     if wanted_size:
         print(f"training a tokenizer of {wanted_size:,} on {train_documents:,} documents", file=sys.stderr)
         share = arguments.validation_share
-        train_split = (text for text in source.documents() if not is_validation(text, share))
+        train_split = (text for text in documents(source) if not is_validation(text, share))
         tokenizer = vocabulary.train(train_split, wanted_size)
     assert tokenizer is not None
     tokenizer_files = vocabulary.save(tokenizer, folder / "tokenizer")
@@ -193,7 +194,7 @@ def build(folder: Path, source: Source, arguments: argparse.Namespace) -> dict[s
 
 
 def _count(source: Source, validation_share: float) -> tuple[int, int]:
-    in_validation = [is_validation(document, validation_share) for document in source.documents()]
+    in_validation = [is_validation(document, validation_share) for document in documents(source)]
     return len(in_validation), len(in_validation) - sum(in_validation)
 
 
@@ -207,7 +208,7 @@ def _write_documents(
     import vocabulary
 
     with TokenProgress(total_documents) as progress:
-        for batch in _batches(source.documents()):
+        for batch in _batches(documents(source)):
             encoded = vocabulary.encode(tokenizer, batch)
             for document, ids in zip(batch, encoded, strict=True):
                 split = "validation" if is_validation(document, validation_share) else "train"

@@ -254,14 +254,14 @@ def test_json_lines_and_patterns_are_sources(tmp_path: Path) -> None:
     (tmp_path / "c.bin").write_text("not text")
     expected = ["# heading", "text 0", "text 1", "text 2"]
     source = sources.open_source(str(tmp_path))
-    assert list(source.documents()) == expected == list(source.documents())
-    assert list(sources.open_source(str(tmp_path / "*.jsonl")).documents()) == expected[1:]
+    assert list(sources.documents(source)) == expected == list(sources.documents(source))
+    assert list(sources.documents(sources.open_source(str(tmp_path / "*.jsonl")))) == expected[1:]
 
 
 def test_python_docs_are_documentation_in_a_fixed_order() -> None:
     source = sources.open_source("python-docs")
-    documents = list(source.documents())
-    assert list(source.documents()) == documents
+    documents = list(sources.documents(source))
+    assert list(sources.documents(source)) == documents
     module = next(text for text in documents if text.startswith("tempfile\n========\n\nTemporary files."))
     assert "\n\nclass tempfile.TemporaryDirectory\n\nCreate and return a temporary directory." in module
     assert "\n\ntempfile.mkstemp(suffix=None, prefix=None, dir=None, text=False)\n\nUser-callable function" in module

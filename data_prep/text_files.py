@@ -1,0 +1,98 @@
+"""Files of this machine as a source: found, told apart by their listing, cut into portions."""
+
+from __future__ import annotations
+
+import functools
+import glob
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from portions import PORTION_BYTES, Portion, Position
+from prep_errors import InputError
+from reading import Span, read_spans
+
+SUFFIXES = (".txt", ".md", ".jsonl")
+_SPANS_IN_PORTION = 1000  # of many tiny files: opening them is work, too
+
+
+class TextFiles:
+    """Text files of this machine: a file, a folder (searched below, too) or a glob pattern.
+
+    A .txt or .md file is one document; each line of a .jsonl file is one, under the key `text_column`.
+    """
+
+    def __init__(self, location: str, text_column: str = "text") -> None:
+        self._location = location
+        self._column = text_column
+        path = Path(location)
+        if path.is_dir():
+            found = [file for file in path.rglob("*") if file.name.endswith(SUFFIXES) and file.is_file()]
+        elif path.is_file():
+            found = [path]
+        else:
+            found = [Path(file) for file in glob.glob(location, recursive=True) if Path(file).is_file()]
+        if not found:
+            raise InputError(
+                f"--source {location}: no text file there. A {', '.join(SUFFIXES)} file is needed. "
+                "Give another file, folder or pattern."
+            )
+        for file in found:
+            if not file.name.endswith(SUFFIXES):
+                raise InputError(
+                    f"{file}: unknown kind of file. {', '.join(SUFFIXES)} are read. Rename it or narrow the pattern."
+                )
+        self._folder = path if path.is_dir() else path.parent if path.is_file() else None
+        files = sorted(found, key=lambda file: file.as_posix())
+        self._files = [(file, file.stat().st_size) for file in files]
+
+    def identity(self) -> dict[str, Any]:
+        """Return the location, and number, size and a hash of names and sizes of its files, so that change shows."""
+        listing = hashlib.sha256()
+        for file, size_bytes in self._files:
+            name = file.relative_to(self._folder) if self._folder else file
+            listing.update(f"{name.as_posix()}\0{size_bytes}\0".encode(errors="surrogateescape"))
+        identity = {
+            "name": "text",
+            "location": self._location,
+            "files": len(self._files),
+            "file_bytes": self.units,
+            "listing": listing.hexdigest()[:16],
+        }
+        return identity if self._column == "text" else identity | {"text_column": self._column}
+
+    @property
+    def units(self) -> int:
+        """Bytes of all files."""
+        return sum(size_bytes for _, size_bytes in self._files)
+
+    def portions(self, after: Position | None = None) -> Iterator[Portion]:
+        """Yield file by file in the order of their paths; small files share a portion.
+
+        A portion is no more than names and offsets: a cut is a line end found near a multiple of PORTION_BYTES.
+        """
+        number, start = (after["file"], after["byte"]) if after else (0, 0)
+        spans: list[Span] = []
+        taken_bytes = 0
+        while number < len(self._files):
+            file, size_bytes = self._files[number]
+            stop = size_bytes
+            if file.suffix == ".jsonl":
+                stop = _line_end(file, start + PORTION_BYTES - taken_bytes, size_bytes)
+            spans.append(Span(str(file), start, stop))
+            taken_bytes += stop - start
+            number, start = (number, stop) if stop < size_bytes else (number + 1, 0)
+            if taken_bytes >= PORTION_BYTES or len(spans) == _SPANS_IN_PORTION or number == len(self._files):
+                read = functools.partial(read_spans, spans, self._column)
+                yield Portion(read, {"file": number, "byte": start}, taken_bytes)
+                spans, taken_bytes = [], 0
+
+
+def _line_end(file: Path, at_least: int, size_bytes: int) -> int:
+    """Return the offset behind the first line end from `at_least` on, or the file's size."""
+    if at_least >= size_bytes:
+        return size_bytes
+    with file.open("rb") as lines:
+        lines.seek(at_least - 1)  # a line that ends just there is whole
+        return min(lines.tell() + len(lines.readline()), size_bytes)

@@ -2,37 +2,35 @@
 
 from __future__ import annotations
 
+import datetime
 import sys
 import time
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn
 
 LINE_INTERVAL_S = 5.0
 
 
 class TokenProgress:
-    """Shows documents, tokens and tokens per second; writes to standard error.
+    """Shows documents, tokens, tokens per second and the time left; writes to standard error.
 
-    `total_documents` is None where the number is not known beforehand.
+    `total_units` is the size of the source in what it counts, None where that is not known. The other numbers are what
+    an earlier process did: speed is that of this one.
     """
 
-    def __init__(self, total_documents: int | None) -> None:
-        self._documents = 0
-        self._tokens = 0
-        self._total = total_documents
+    def __init__(self, total_units: int | None, units: int = 0, documents: int = 0, tokens: int = 0) -> None:
+        self._total = total_units
+        self._units = self._first_units = units
+        self._documents = documents
+        self._tokens = self._first_tokens = tokens
         self._start_s = self._last_line_s = time.monotonic()
         self._bar: Progress | None = None
         if sys.stderr.isatty():
-            columns = (
-                TextColumn("tokenizing"),
-                BarColumn(),
-                TextColumn("{task.fields[state]}"),
-                TimeRemainingColumn(),
-            )
+            columns = (TextColumn("tokenizing"), BarColumn(), TextColumn("{task.fields[state]}"))
             self._bar = Progress(*columns, console=Console(stderr=True))
-            self._task = self._bar.add_task("tokenizing", total=total_documents, state="")
+            self._task = self._bar.add_task("tokenizing", total=total_units, completed=units, state="")
 
     def __enter__(self) -> TokenProgress:
         """Start the bar."""
@@ -49,20 +47,31 @@ class TokenProgress:
         elif error is None:
             self._print_line()
 
-    def add(self, documents: int, tokens: int) -> None:
-        """Count documents and tokens that are done."""
-        self._documents += documents
-        self._tokens += tokens
+    def show(self, units: int, documents: int, tokens: int) -> None:
+        """Show how much is done, all processes together."""
+        self._units, self._documents, self._tokens = units, documents, tokens
         if self._bar:
-            self._bar.update(self._task, completed=self._documents, state=self._state())
+            self._bar.update(self._task, completed=units, state=self._state())
         elif time.monotonic() - self._last_line_s > LINE_INTERVAL_S:
             self._last_line_s = time.monotonic()
             self._print_line()
 
     def _state(self) -> str:
-        of_total = f" of {self._total:,}" if self._total is not None else ""
-        tokens_per_s = self._tokens / max(time.monotonic() - self._start_s, 1e-9)
-        return f"{self._documents:,}{of_total} documents, {self._tokens:,} tokens, {tokens_per_s:,.0f} tokens/s"
+        elapsed_s = max(time.monotonic() - self._start_s, 1e-9)
+        tokens_per_s = (self._tokens - self._first_tokens) / elapsed_s
+        parts = [f"{self._documents:,} documents, {self._tokens:,} tokens, {tokens_per_s:,.0f} tokens/s"]
+        if self._total:
+            parts.insert(0, f"{percent(self._units, self._total)} %")
+            units_per_s = (self._units - self._first_units) / elapsed_s
+            if units_per_s > 0 and self._units < self._total:
+                left_s = round((self._total - self._units) / units_per_s)
+                parts.append(f"{datetime.timedelta(seconds=left_s)} left")
+        return ", ".join(parts)
 
     def _print_line(self) -> None:
         print(f"tokenizing: {self._state()}", file=sys.stderr, flush=True)
+
+
+def percent(units: int, total: int) -> int:
+    """Return how much of the total is done; 100 only at the end."""
+    return 100 * units // total

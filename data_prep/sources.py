@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import glob
-import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
+from document_hash import document_digest, falls_into_validation
 from portions import Source
 from prep_errors import InputError
 from python_docs import PythonDocs
@@ -39,5 +39,4 @@ def documents(source: Source) -> Iterator[str]:
 
 def is_validation(document: str, share: float) -> bool:
     """Tell by its hash whether a document belongs to the validation split: equal texts are never divided."""
-    digest = hashlib.sha256(document.encode("utf-8")).digest()
-    return int.from_bytes(digest[:8], "big") < share * 2**64
+    return falls_into_validation(document_digest(document.encode("utf-8")), share)

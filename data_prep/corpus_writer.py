@@ -147,6 +147,28 @@ class CorpusWriter:
             stream.close()
 
 
+def missing_shard(
+    folders: dict[int, Path], formats: dict[int, ShardFormat], state: JobState, keeps_shards: bool
+) -> Path | None:
+    """Return a shard file that the state speaks of but that is missing or too short.
+
+    `keeps_shards`: whole shards stay in their folder, too.
+    """
+    sealed, streams = state.get("sealed") is not None, (state.get("progress") or {"streams": {}})["streams"]
+    for name, (number, tokens) in streams.items():
+        length, split = name.split("/")
+        sizes = {}
+        if keeps_shards:
+            sizes = {entry["raw_data"]["basename"]: entry["raw_data"]["bytes"] for entry in state.shards(name)}
+        if tokens and not sealed:
+            sizes[shard_name(number)] = formats[int(length)].unfinished_bytes(tokens)
+        for basename, size_bytes in sizes.items():
+            path = folders[int(length)] / split / basename
+            if not path.is_file() or path.stat().st_size < size_bytes:
+                return path
+    return None
+
+
 def finish_splits(folder: Path, length: int, state: JobState) -> None:
     """Put the last shards of a sealed job in their places and write the indexes of the corpus of one length."""
     for split in SPLITS:

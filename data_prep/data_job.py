@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from corpus_writer import SPLITS, CorpusWriter, finish_splits, split_entry
+from corpus_writer import SPLITS, CorpusWriter, finish_splits, missing_shard, split_entry
 from destinations import Corpora, Destination
 from document_hash import document_digest, falls_into_validation
 from encoding_workers import EncodingJob, encode_portions
@@ -105,7 +105,14 @@ class DataJob:
                 file = folder / TOKENIZER / name
                 if not file.is_file() or hashlib.sha256(file.read_bytes()).hexdigest() != sha256:
                     return file
-        return None
+        if state.get("progress") is None:
+            return None
+        formats = self._formats(state.get("tokenizer"))
+        return missing_shard(self._folders, formats, state, self._place.keeps_shards)
+
+    def _formats(self, tokenizer: dict[str, Any]) -> dict[int, ShardFormat]:
+        dtype = token_dtype(tokenizer["vocab_size"])
+        return {length: ShardFormat(length, dtype, self._arguments.shard_bytes) for length in self._folders}
 
     def _make_tokenizer(self, state: JobState) -> dict[str, Any]:
         """Train or load the tokenizer, save it in every corpus and return what the state keeps of it."""
@@ -156,13 +163,11 @@ class DataJob:
 
     def _write_shards(self, state: JobState, tokenizer: dict[str, Any]) -> None:
         arguments = self._arguments
-        dtype = token_dtype(tokenizer["vocab_size"])
-        formats = {length: ShardFormat(length, dtype, arguments.shard_bytes) for length in self._folders}
-        writer = CorpusWriter(self._folders, formats, state, self._place.shard_is_whole)
+        writer = CorpusWriter(self._folders, self._formats(tokenizer), state, self._place.shard_is_whole)
         encoding = EncodingJob(
             next(iter(self._folders.values())) / TOKENIZER / "tokenizer.json",
             tokenizer["eos_token_id"],
-            dtype,
+            token_dtype(tokenizer["vocab_size"]),
             arguments.validation_share,
             arguments.minimum_characters,
             arguments.deduplicate,

@@ -29,6 +29,7 @@ class Destination(Protocol):
     files: Path
     state: Path
     lock: Path
+    keeps_shards: bool  # whether a shard stays in `files` after it is whole
 
     def find(self, wanted: Corpora, overwrite: bool) -> Corpora | None:
         """Return what is whole there and made by the same recipes; None if it must be made.
@@ -58,6 +59,8 @@ def destination(out: str, work: Path | None) -> Destination:
 
 class LocalCorpus:
     """A folder; built in `.NAME.partial` beside it and renamed, so that it does not exist or is whole."""
+
+    keeps_shards = True
 
     def __init__(self, out: Path) -> None:
         self._out = out
@@ -125,6 +128,8 @@ class LocalCorpus:
 
 class StoredCorpus:
     """A prefix of an object store; shards lie in a work folder only until they are uploaded."""
+
+    keeps_shards = False
 
     def __init__(self, url: str, work: Path | None) -> None:
         self._url = url

@@ -60,8 +60,9 @@ class ShardFormat:
             "version": 2,
         }
         self._description_bytes = json.dumps(self._description, sort_keys=True).encode()
-        smallest = self._head_size(1) + self.block_bytes
-        self.blocks_in_shard = 1 + (shard_bytes - smallest) // (self.block_bytes + 4)
+        digits = len(str(LARGEST_SHARD_BYTES)) - len(str(shard_bytes))  # the size itself stands in the description
+        smallest = self._head_size(1) + self.block_bytes + digits
+        self.blocks_in_shard = (shard_bytes - self._head_size(0)) // (self.block_bytes + 4)
         if not smallest <= shard_bytes <= LARGEST_SHARD_BYTES:
             raise InputError(
                 f"--shard-bytes {shard_bytes}: does not do for blocks of {length} tokens. "
@@ -75,6 +76,10 @@ class ShardFormat:
         """Return what stands in a shard before its first block."""
         offsets = np.arange(blocks + 1, dtype=np.uint32) * self.block_bytes + self._head_size(blocks)
         return np.uint32(blocks).tobytes() + offsets.astype(np.uint32).tobytes() + self._description_bytes
+
+    def unfinished_bytes(self, tokens: int) -> int:
+        """Return how long the file of a shard is that has so many tokens and is to get more."""
+        return self._head_size(self.blocks_in_shard) + tokens * self.dtype.itemsize
 
     def entry(self, number: int, blocks: int, sha256: str) -> dict[str, Any]:
         """Return what index.json says of a shard."""
@@ -123,7 +128,7 @@ class ShardStream:
 
     def _reopen(self) -> None:
         path = self._folder / shard_name(self.number)
-        size = len(self._format.head(self._format.blocks_in_shard)) + self.tokens * self._format.dtype.itemsize
+        size = self._format.unfinished_bytes(self.tokens)
         self._file = path.open("r+b")
         if path.stat().st_size < size:
             raise FileNotFoundError(f"{path}: is shorter than the {size} bytes that were written")
@@ -174,7 +179,7 @@ class ShardStream:
         self._file.flush()
         path = self._folder / shard_name(self.number)
         with path.open("rb") as file:
-            file.seek(len(self._format.head(self._format.blocks_in_shard)))
+            file.seek(self._format.unfinished_bytes(0))
             content = self._format.head(blocks) + file.read(blocks * self._format.block_bytes)
         last = path.with_suffix(".last")
         last.write_bytes(content)

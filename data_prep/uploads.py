@@ -50,7 +50,7 @@ class ObjectStore:
         # This one takes no pair of folders, and knows no folder within a repository: the name of a file brings it.
         uploader = HFUploader(f"{self._url}/", keep_local=True, retry=UPLOAD_ATTEMPTS)
         Path(uploader.local).rmdir()
-        prefix = uploader.path
+        prefix = uploader.path.strip("/")
         uploader.local = str(self._folder)
         if prefix:
             link = self._folder.parent / "hub" / prefix

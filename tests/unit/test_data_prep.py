@@ -7,30 +7,23 @@ import importlib.machinery
 import json
 import os
 import re
-import signal
-import subprocess
+import shutil
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
-import _torchvision_guard  # noqa: F401  (before streaming)
-
-# isort: split
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-from streaming.base.format import reader_from_json
 from transformers import AutoTokenizer
 
-import packing
 import sources
 import tokenize_to_mds
 import vocabulary
+from data_job import DataJob
+from dispersion_pretrain.corpus import read_manifest
+from prep_command import command, contents, read_blocks, write_lines, write_texts
 
 DATA_PREP = Path(tokenize_to_mds.__file__).parent
-WORDS = "shard rank token batch layer step cosine angle pool sample text loss page order seed".split()
 
 
 @pytest.fixture(autouse=True)
@@ -38,38 +31,6 @@ def processors(monkeypatch: pytest.MonkeyPatch) -> None:
     """The command sets these for its process: they must not outlive a test."""
     monkeypatch.setenv("RAYON_NUM_THREADS", "1")
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
-
-
-def write_texts(folder: Path, documents: int = 60) -> list[str]:
-    folder.mkdir(parents=True)
-    random = np.random.default_rng(7)
-    texts = []
-    for number in range(documents):
-        text = f"Document {number}: " + " ".join(random.choice(WORDS, random.integers(20, 60))) + " – façade ☃\n"
-        (folder / f"{number:03}.txt").write_text(text, encoding="utf-8")
-        texts.append(text)
-    return texts
-
-
-def command(source: Path | str, out: Path, *more: str, tokenizer: str = "train:300", length: int = 16) -> list[str]:
-    arguments = ["--source", str(source), "--tokenizer", tokenizer, "--seq-len", str(length), "--out", str(out)]
-    return [*arguments, "--validation-share", "0.2", "--processes", "1", *more]
-
-
-def read_blocks(corpus: Path, split: str) -> np.ndarray[Any, np.dtype[Any]]:
-    index = json.loads((corpus / split / "index.json").read_text())
-    blocks = []
-    for shard in index["shards"]:
-        content = (corpus / split / shard["raw_data"]["basename"]).read_bytes()
-        assert hashlib.sha256(content).hexdigest() == shard["raw_data"]["hashes"]["sha256"]
-        reader = reader_from_json(str(corpus), split, shard)
-        blocks += [reader[row]["tokens"] for row in range(len(reader))]
-    return np.stack(blocks)
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +93,7 @@ def test_same_command_makes_the_same_bytes(made: tuple[list[str], Path], tmp_pat
 def test_same_command_again_finds_the_corpus(
     made: tuple[list[str], Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tokenize_to_mds, "build", lambda *arguments: pytest.fail("made anew"))
+    monkeypatch.setattr(DataJob, "run", lambda *arguments: pytest.fail("made anew"))
     assert tokenize_to_mds.main(command(made[1].parent / "texts", made[1])) == 0
     assert "a whole corpus made with the same arguments is there" in capsys.readouterr().out
 
@@ -145,7 +106,7 @@ def error_of(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         code = stop.code
     lines = capsys.readouterr().err.splitlines()
     assert code == 2
-    errors = [line for line in lines if not line.startswith(("tokenizing", "training"))]
+    errors = [line for line in lines if not line.startswith(("tokenizing", "training", "going on"))]
     assert len(errors) == 1 and errors[0].startswith("error: ")
     return errors[0]
 
@@ -215,6 +176,8 @@ def test_failure_leaves_nothing_behind(tmp_path: Path, capsys: pytest.CaptureFix
         ({"--tokenizer": "/neverland"}, "--tokenizer /neverland: cannot be loaded"),
         ({"--seq-len": "1"}, "--seq-len 1: too short"),
         ({"--seq-len": "long"}, "argument --seq-len: invalid int value: 'long'"),
+        ({"--seq-len": "10000000"}, "--shard-bytes 33554432: does not do for blocks of 10000000 tokens"),
+        ({"--out": "ftp://host/corpus"}, "--out ftp://host/corpus: unknown kind of storage. s3://, gs://"),
         ({"--validation-share": "0"}, "--validation-share 0.0: leaves a split empty"),
         ({"--validation-share": "1e-9"}, "the validation split gets none of the source's 60 documents"),
         ({"--processes": "0"}, "--processes 0"),
@@ -296,67 +259,89 @@ def test_end_of_document_token_is_needed(
     assert "has no end-of-document token" in error_of(arguments, capsys)
 
 
-@given(
-    documents=st.lists(st.lists(st.integers(1, 70_000), max_size=40), max_size=12),
-    length=st.integers(1, 17),
-)
-def test_blocks_are_the_documents_without_the_tail(documents: list[list[int]], length: int) -> None:
-    packer = packing.BlockPacker(length, "uint32")
-    blocks = [block for document in documents for block in packer.add(document)]
-    whole = [token for document in documents for token in document]
-    assert [token for block in blocks for token in block.tolist()] == whole[: len(blocks) * length]
-    assert all(len(block) == length for block in blocks)
-    assert packer.rest_tokens == len(whole) - len(blocks) * length < length
+def test_number_of_processes_does_not_change_a_byte(tmp_path: Path) -> None:
+    write_lines(tmp_path / "lines.jsonl", documents=6000)  # several portions
+    arguments = ["--deduplicate", "--minimum-characters", "40", "--shard-bytes", "50000"]
+    for processes in ("1", "2", "3"):
+        out = tmp_path / processes
+        assert tokenize_to_mds.main(command(tmp_path / "lines.jsonl", out, *arguments, "--processes", processes)) == 0
+    assert contents(tmp_path / "1") == contents(tmp_path / "2") == contents(tmp_path / "3")
+    assert len(list((tmp_path / "1" / "train").glob("*.mds"))) > 5
 
 
-@pytest.mark.parametrize(("vocab_size", "dtype"), [(2**16, "uint16"), (2**16 + 1, "uint32")])
-def test_tokens_take_the_smallest_type_that_holds_them(tmp_path: Path, vocab_size: int, dtype: str) -> None:
-    assert packing.token_dtype(vocab_size) == dtype
-    writer = packing.SplitWriter(tmp_path / "train", 4, dtype, shard_bytes=300)
-    ids = [(vocab_size - 1 - number) % vocab_size for number in range(99)]
-    writer.add("x", ids, 0)
-    entry = writer.finish()
-    blocks = read_blocks(tmp_path, "train")
-    assert blocks.dtype == dtype and len(list(tmp_path.rglob("*.mds"))) > 1
-    assert blocks.reshape(-1).tolist() == [*ids, 0]
-    assert (entry["sequences"], entry["dropped_tokens"]) == (25, 0)
+def test_each_length_is_a_corpus_of_its_own(tmp_path: Path) -> None:
+    write_lines(tmp_path / "lines.jsonl")
+    for length in (16, 24):
+        assert tokenize_to_mds.main(command(tmp_path / "lines.jsonl", tmp_path / str(length), length=length)) == 0
+    both = command(tmp_path / "lines.jsonl", tmp_path / "both")
+    both[both.index("--seq-len") + 1 : both.index("--seq-len") + 2] = ["16", "24"]
+    assert tokenize_to_mds.main(both) == 0
+    for length in (16, 24):
+        assert contents(tmp_path / "both" / f"seq{length}") == contents(tmp_path / str(length))
+    assert sorted(path.name for path in (tmp_path / "both").iterdir()) == ["seq16", "seq24"]
+    assert tokenize_to_mds.main(both) == 0
 
 
-def run_script(arguments: list[str], cwd: Path) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, str(DATA_PREP / "tokenize_to_mds.py"), *arguments],
-        cwd=cwd,
-        stderr=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
+def test_other_lengths_are_another_corpus(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_texts(tmp_path / "texts")
+    one = command(tmp_path / "texts", tmp_path / "corpus")
+    assert tokenize_to_mds.main(one) == 0
+    capsys.readouterr()
+    both = list(one)
+    both[both.index("--seq-len") + 1 : both.index("--seq-len") + 2] = ["16", "24"]
+    assert "seq16/corpus.json is missing" in error_of(both, capsys)
+    assert tokenize_to_mds.main([*both, "--overwrite"]) == 0
+    capsys.readouterr()
+    assert "made otherwise (corpus.json is missing)" in error_of(one, capsys)
 
 
-def test_kill_leaves_no_half_corpus_and_a_rerun_makes_a_whole_one(tmp_path: Path) -> None:
-    """The real command, from another folder, killed while it writes shards."""
-    write_texts(tmp_path / "texts", documents=4000)
-    arguments = command("texts", Path("deep/corpus"))
-    first = run_script(arguments, tmp_path)
-    partial = tmp_path / "deep" / ".corpus.partial"
-    deadline = time.monotonic() + 120
-    while not (partial / "train").exists() and time.monotonic() < deadline:
-        time.sleep(0.002)
-    os.kill(first.pid, signal.SIGSTOP)  # it is at work for as long as the second one needs
-    second = run_script(arguments, tmp_path)
-    _, refused = second.communicate(timeout=60)
-    os.kill(first.pid, signal.SIGKILL)
-    first.communicate(timeout=60)
-    assert first.returncode == -signal.SIGKILL
-    assert partial.exists()
-    assert not (tmp_path / "deep" / "corpus").exists()
+def test_short_documents_and_duplicates_are_left_out(tmp_path: Path) -> None:
+    texts = [f"a document of its own, {number}" for number in range(40)]
+    with_others = [*texts[:20], "too short", *texts[5:25], texts[3], *texts[25:], *texts]
+    (tmp_path / "lines.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in with_others))
+    (tmp_path / "clean.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    tokenizer = tmp_path / "tokenizer"
+    vocabulary.save(vocabulary.train(iter(texts), 280), tokenizer)
+    filters = ["--minimum-characters", "10", "--deduplicate", "--shard-bytes", "1000"]
+    for name in ("lines", "clean"):
+        out = tmp_path / name
+        assert tokenize_to_mds.main(command(tmp_path / f"{name}.jsonl", out, *filters, tokenizer=str(tokenizer))) == 0
+    for split in ("train", "validation"):
+        np.testing.assert_array_equal(read_blocks(tmp_path / "lines", split), read_blocks(tmp_path / "clean", split))
+    described = [json.loads((tmp_path / name / "corpus.json").read_text()) for name in ("lines", "clean")]
+    assert described[0]["filtered"] == {"short": 1, "duplicates": len(with_others) - 1 - len(texts)}
+    assert described[1]["filtered"] == {"short": 0, "duplicates": 0}
+    assert described[0]["splits"] == described[1]["splits"]
 
-    again = run_script(arguments, tmp_path)
-    output, errors = again.communicate(timeout=120)
-    assert again.returncode == 0, errors
-    assert "train: " in output and "tokens/s" in errors
-    assert (tmp_path / "deep" / "corpus" / "corpus.json").exists()
-    assert not partial.exists()
-    assert second.returncode == 2 and "another run is making this corpus" in refused
+
+def test_validation_source_is_the_validation_split(tmp_path: Path) -> None:
+    texts = [f"a document of its own, {number}" for number in range(60)]
+    for name, some in (("train", texts[:50]), ("other", texts[45:])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in some))
+    arguments = command(tmp_path / "train.jsonl", tmp_path / "corpus", "--deduplicate", tokenizer="train:280")
+    place = arguments.index("--validation-share")
+    arguments[place : place + 2] = ["--validation-source", str(tmp_path / "other.jsonl")]
+    assert tokenize_to_mds.main(arguments) == 0
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "corpus" / "tokenizer")
+    for split, expected in (("train", texts[:45]), ("validation", texts[45:])):  # common ones leave the train split
+        whole = "".join(text + "<|endoftext|>" for text in expected)
+        decoded = tokenizer.decode(read_blocks(tmp_path / "corpus", split).reshape(-1).tolist())
+        assert whole.startswith(decoded) and len(whole) - len(decoded) < 60
+    described = json.loads((tmp_path / "corpus" / "corpus.json").read_text())
+    assert described["source"]["validation"]["location"] == str(tmp_path / "other.jsonl")
+    assert described["filtered"]["duplicates"] == 5
+    assert read_manifest(tmp_path / "corpus").splits["train"].documents == 45
+    with pytest.raises(SystemExit):
+        tokenize_to_mds.main([*arguments, "--validation-share", "0.2"])
+
+
+def test_a_corpus_made_before_there_were_filters_is_found(made: tuple[list[str], Path], tmp_path: Path) -> None:
+    shutil.copytree(made[1], tmp_path / "corpus")
+    described = json.loads((tmp_path / "corpus" / "corpus.json").read_text())
+    for key in ("minimum_characters", "deduplicate", "shard_bytes", "filtered"):
+        described.pop(key)
+    (tmp_path / "corpus" / "corpus.json").write_text(json.dumps(described))
+    assert tokenize_to_mds.main(command(made[1].parent / "texts", tmp_path / "corpus")) == 0
 
 
 def test_no_file_shadows_a_library_or_imports_the_training_package() -> None:

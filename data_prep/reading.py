@@ -5,9 +5,12 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from prep_errors import InputError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 
 class Span(NamedTuple):
@@ -39,6 +42,49 @@ def read_spans(spans: list[Span], column: str) -> Iterator[str]:
 def read_lines(lines: bytes, file: str, first_line: int, column: str) -> Iterator[str]:
     """Yield the documents of whole JSON lines; the first of them is line `first_line` of `file`, from 1."""
     return _lines(lines, file, lambda: first_line, column)
+
+
+def read_arrays(arrays: list[pa.Array], place: str, first_row: int) -> Iterator[str]:
+    """Yield the documents of string arrays; the first of them is row `first_row` of `place`, from 0."""
+    from arrow_columns import texts
+
+    return texts(arrays, place, first_row)
+
+
+def read_row_groups(file: str, groups: range, column: str, first_row: int) -> Iterator[str]:
+    """Yield the documents of row groups of a Parquet file."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from arrow_columns import plain_strings, texts
+
+    try:
+        with pq.ParquetFile(file) as parquet:
+            table = parquet.read_row_groups(list(groups), columns=[column])
+    except (pa.ArrowException, OSError) as error:
+        raise unreadable_parquet(file, error) from error
+    return texts(plain_strings(table.column(0)), file, first_row)
+
+
+def open_saved(file: str) -> pa.Table:
+    """Map a file of a saved dataset into memory: only what is looked at is read."""
+    import pyarrow as pa
+
+    with pa.memory_map(file) as mapped:
+        return pa.ipc.open_stream(mapped).read_all()
+
+
+def read_saved(file: str, column: str, first_row: int, num_rows: int) -> Iterator[str]:
+    """Yield the documents of some rows of a file of a saved dataset."""
+    from arrow_columns import plain_strings, texts
+
+    return texts(plain_strings(open_saved(file).column(column).slice(first_row, num_rows)), file, first_row)
+
+
+def unreadable_parquet(file: str, error: Exception) -> InputError:
+    """Say that a file is damaged or no Parquet at all."""
+    reason = " ".join(str(error).split())[:200]
+    return InputError(f"{file}: cannot be read as Parquet ({reason}). Copy or write it again.")
 
 
 def _text_file(file: str) -> Iterator[str]:

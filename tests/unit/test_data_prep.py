@@ -169,7 +169,6 @@ def test_failure_leaves_nothing_behind(tmp_path: Path, capsys: pytest.CaptureFix
     ("changed", "message"),
     [
         ({"--source": "neverland"}, "--source neverland: neither a known source nor an existing path"),
-        ({"--source": "/neverland/*.txt"}, "no text file there"),
         ({"--tokenizer": "train:256"}, "--tokenizer train:256: '256' is no vocabulary size.*At least 257"),
         ({"--tokenizer": "train:many"}, "--tokenizer train:many"),
         ({"--tokenizer": "train:50000"}, r"--tokenizer train:50000: the training text yields only \d+ tokens"),
@@ -191,54 +190,6 @@ def test_wrong_input_is_one_line(
     for option, value in changed.items():
         arguments[arguments.index(option) + 1] = value
     assert re.search(message, error_of(arguments, capsys))
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("a.jsonl", b'{"text": "good"}\n{"text": 5}\n', "a.jsonl:2: no string under the key 'text'"),
-        ("a.jsonl", b'\n{"text": \n', "a.jsonl:2: not JSON"),
-        ("a.jsonl", b'{"text": "half \\ud800"}\n', "a.jsonl:1: half a surrogate pair"),
-        ("a.txt", b"caf\xe9", "a.txt: not UTF-8"),
-        ("a.txt", b" \n", "gets none of the source's 0 documents"),
-    ],
-)
-def test_wrong_text_is_named(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, content: bytes, message: str
-) -> None:
-    (tmp_path / name).write_bytes(content)
-    assert message in error_of(command(tmp_path / name, tmp_path / "corpus"), capsys)
-
-
-def test_json_lines_and_patterns_are_sources(tmp_path: Path) -> None:
-    lines = [json.dumps({"text": f"text {number}", "other": 1}) for number in range(3)]
-    (tmp_path / "b.jsonl").write_text("\n".join(lines) + "\n\n")
-    (tmp_path / "a.md").write_text("# heading")
-    (tmp_path / "c.bin").write_text("not text")
-    expected = ["# heading", "text 0", "text 1", "text 2"]
-    source = sources.open_source(str(tmp_path))
-    assert list(sources.documents(source)) == expected == list(sources.documents(source))
-    assert list(sources.documents(sources.open_source(str(tmp_path / "*.jsonl")))) == expected[1:]
-
-
-def test_python_docs_are_documentation_in_a_fixed_order() -> None:
-    source = sources.open_source("python-docs")
-    documents = list(sources.documents(source))
-    assert list(sources.documents(source)) == documents
-    module = next(text for text in documents if text.startswith("tempfile\n========\n\nTemporary files."))
-    assert "\n\nclass tempfile.TemporaryDirectory\n\nCreate and return a temporary directory." in module
-    assert "\n\ntempfile.mkstemp(suffix=None, prefix=None, dir=None, text=False)\n\nUser-callable function" in module
-    assert 2_000_000 < sum(len(text.encode()) for text in documents) < 5_000_000
-    assert not [text for text in documents if text.startswith(("test.", "pip.", "idlelib.idle_test"))]
-    assert all(text.strip() for text in documents)
-
-
-def test_text_cannot_forge_the_end_of_a_document() -> None:
-    tokenizer = vocabulary.train(iter(["some text " * 50]), 260)
-    text = "before <|endoftext|> after"
-    (ids,) = vocabulary.encode(tokenizer, [text])
-    assert tokenizer.eos_token_id not in ids
-    assert tokenizer.decode(ids) == text
 
 
 def test_existing_tokenizer_is_taken_as_it_is(made: tuple[list[str], Path], tmp_path: Path) -> None:

@@ -49,7 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--out", required=True, help="folder of the corpus, or a URL such as s3://bucket/prefix")
     validation = parser.add_mutually_exclusive_group()
-    validation.add_argument("--validation-source", help="where validation documents come from")
+    validation.add_argument("--validation-source", help="where validation documents come from, as --source")
     validation.add_argument(
         "--validation-share", type=float, help=f"of the documents, chosen by hash; default {VALIDATION_SHARE}"
     )
@@ -154,7 +154,14 @@ def open_job_source(arguments: argparse.Namespace) -> Source:
     )
     if arguments.validation_source is None:
         return train
-    return SourcePair(train, open_source(arguments.validation_source, text_column=arguments.text_column))
+    validation = open_source(
+        arguments.validation_source,
+        text_column=arguments.text_column,
+        dataset_config=arguments.dataset_config,
+        dataset_split="validation",
+        option="--validation-source",
+    )
+    return SourcePair(train, validation)
 
 
 def corpus_recipe(arguments: argparse.Namespace, source: Source) -> dict[str, Any]:

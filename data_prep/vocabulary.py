@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-import _torchvision_guard  # noqa: F401  (before transformers)
+import _transformers_without_torch  # noqa: F401  (before transformers)
 
 # isort: split
 import tokenizers

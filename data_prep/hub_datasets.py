@@ -111,7 +111,10 @@ class StreamedDataset:
 
 
 class SavedDataset:
-    """A dataset that `save_to_disk` wrote: the main process and the workers map its files into memory."""
+    """A dataset that `save_to_disk` wrote: the main process and the workers map its files into memory.
+
+    `split` chooses among those that were saved together; a dataset that was saved alone is taken whatever it says.
+    """
 
     def __init__(self, folder: Path, text_column: str, split: str, place: str) -> None:
         import datasets
@@ -123,7 +126,7 @@ class SavedDataset:
             raise InputError(
                 f"{place}: a saved dataset that cannot be loaded ({_reason(error)}). Save it again."
             ) from error
-        splits = loaded if isinstance(loaded, datasets.DatasetDict) else {str(loaded.split or "train"): loaded}
+        splits = loaded if isinstance(loaded, datasets.DatasetDict) else {split: loaded}
         if split not in splits:
             raise InputError(
                 f"{place}: no split '{split}'. There are {', '.join(splits)}. Name one with --dataset-split."

@@ -13,9 +13,13 @@ import _transformers_without_torch  # noqa: F401  (before transformers)
 import tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from encoding import load_encoder
+from gguf_tokenizers import load_gguf
 from prep_errors import InputError
 
 END_OF_DOCUMENT = "<|endoftext|>"
+SAMPLE_BYTES = 2 * 2**30  # of text to train on: the merges hardly change with more, memory and time do
+_PROBE = "  Two  spaces\n\n\ttabs, 12345 digits, don't, na\u00efve \u4e2d\u6587 \u0434\u0430 \U0001f600\r\n "
 SMALLEST_VOCABULARY = 257  # one token for each byte, and the end of a document
 
 
@@ -36,8 +40,10 @@ def requested_size(name: str) -> int | None:
     return int(size)
 
 
-def train(documents: Iterator[str], vocab_size: int) -> PreTrainedTokenizerFast:
+def train(documents: Iterator[str], vocab_size: int, sample_bytes: int = SAMPLE_BYTES) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE tokenizer, as GPT-2's: no text is unknown to it, decoding gives the text back.
+
+    No document is taken any more once the text has `sample_bytes`: the same tokenizer, whatever follows.
 
     Raises:
         InputError: the text is too small for so many tokens.
@@ -51,7 +57,7 @@ def train(documents: Iterator[str], vocab_size: int) -> PreTrainedTokenizerFast:
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    bpe.train_from_iterator(documents, trainer)
+    bpe.train_from_iterator(_sample(documents, sample_bytes), trainer)
     if bpe.get_vocab_size() != vocab_size:
         raise InputError(
             f"--tokenizer train:{vocab_size}: the training text yields only {bpe.get_vocab_size()} tokens. "
@@ -66,20 +72,33 @@ def train(documents: Iterator[str], vocab_size: int) -> PreTrainedTokenizerFast:
     )
 
 
+def _sample(documents: Iterator[str], sample_bytes: int) -> Iterator[str]:
+    taken_bytes = 0
+    for document in documents:
+        yield document
+        taken_bytes += len(document.encode("utf-8"))
+        if taken_bytes >= sample_bytes:
+            return
+
+
 def load(name: str) -> PreTrainedTokenizerFast:
-    """Load a tokenizer from a local Hugging Face folder or from the hub.
+    """Load a tokenizer from a local Hugging Face folder, from the hub, or from a GGUF file.
 
     Raises:
         InputError: it cannot be loaded, has no tokenizer.json, or no end-of-document token.
     """
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(
-            f"--tokenizer {name}: cannot be loaded ({reason}). Give train:SIZE, a local Hugging Face folder, "
-            "or a name on a hub that this machine reaches."
-        ) from error
+    tokenizer: PreTrainedTokenizerBase
+    if name.endswith(".gguf") and Path(name).is_file():
+        tokenizer = load_gguf(Path(name), f"--tokenizer {name}")
+    else:
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(name)
+        except Exception as error:  # whatever transformers and tokenizers raise on a strange file
+            reason = " ".join(str(error).split())[:200]
+            raise InputError(
+                f"--tokenizer {name}: cannot be loaded ({reason}). Give train:SIZE, a local Hugging Face folder, a "
+                ".gguf file, or a name on a hub that this machine reaches."
+            ) from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise InputError(f"--tokenizer {name}: has no tokenizer.json. Give a tokenizer of the `tokenizers` library.")
     if tokenizer.eos_token_id is None:
@@ -89,21 +108,20 @@ def load(name: str) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def encode(tokenizer: PreTrainedTokenizerFast, documents: list[str]) -> list[list[int]]:
-    """Return the token ids of each document without special tokens.
-
-    Text that spells a special token is encoded as plain text: a document cannot forge the end of a document.
-    """
-    backend = tokenizer.backend_tokenizer
-    backend.encode_special_tokens = True
-    backend.no_truncation()
-    backend.no_padding()
-    return [encoding.ids for encoding in backend.encode_batch_fast(documents, add_special_tokens=False)]
-
-
 def save(tokenizer: PreTrainedTokenizerFast, folder: Path) -> dict[str, str]:
-    """Write the folder that AutoTokenizer.from_pretrained loads; return the sha256 of its files by name."""
+    """Write the folder that AutoTokenizer.from_pretrained loads; return the sha256 of its files by name.
+
+    Raises:
+        InputError: what is saved encodes otherwise, so that corpus and evaluation would disagree.
+    """
     tokenizer.save_pretrained(folder)
+    in_workers = load_encoder(folder / "tokenizer.json").encode(_PROBE, add_special_tokens=False).ids
+    elsewhere = AutoTokenizer.from_pretrained(folder).encode(_PROBE, add_special_tokens=False)
+    if in_workers != elsewhere:
+        raise InputError(
+            f"--tokenizer {tokenizer.name_or_path}: its tokenizer.json alone encodes otherwise than the whole folder. "
+            "They must agree. Save it anew with save_pretrained, or take another tokenizer."
+        )
     return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(folder.iterdir())}
 
 

@@ -176,7 +176,10 @@ def test_what_a_dataset_lacks_is_named(tmp_path: Path) -> None:
 
     datasets.Dataset.from_dict({"text": ["one"], "id": [1]}).save_to_disk(tmp_path / "saved")
     saved = str(tmp_path / "saved")
-    assert "no split 'test'. There are train." in error_of(saved, dataset_split="test")
+    assert list(sources.documents(sources.open_source(saved, dataset_split="test"))) == ["one"]
+    both = {split: datasets.load_from_disk(saved) for split in ("train", "validation")}
+    datasets.DatasetDict(both).save_to_disk(tmp_path / "both")
+    assert "no split 'test'. There are train, validation." in error_of(str(tmp_path / "both"), dataset_split="test")
     assert "no column 'body'. Columns of strings there: text." in error_of(saved, text_column="body")
     (tmp_path / "saved" / "data-00000-of-00001.arrow").write_bytes(b"damaged")
     assert "a saved dataset that cannot be loaded (" in error_of(saved)

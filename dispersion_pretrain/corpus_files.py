@@ -196,16 +196,19 @@ class CorpusFiles:
             cache.put(copy, path)
 
     def _failure(self, wanted: _Wanted, refused: AllRefused, wrong: dict[str, Path]) -> RuntimeError:
-        is_missing = all(refusal.answered for refusal in refused.refusals.values())
-        state = "is damaged" if wrong else "is missing" if is_missing else "cannot be fetched"
+        if not wrong and not all(refusal.answered for refusal in refused.refusals.values()):
+            return RuntimeError(
+                f"{wanted.path}: cannot be fetched ({refused}). One of the locations must give it. See that it can be "
+                "reached and start again, or name another copy in data.mirrors."
+            )
         differences = ""
         for (origin, copy), (other_origin, other) in itertools.pairwise(wrong.items()):
             offset = _offset(copy, other)
             where = "are equal" if offset is None else f"differ first at byte {offset:,}"
             differences += f" {origin} and {other_origin} {where}."
         return RuntimeError(
-            f"{wanted.path}: {state} ({refused}).{differences} Every file of a corpus must be as it was written: "
-            f"{_describe(wanted.sha256, wanted.size_bytes)}. {self._advice()}"
+            f"{wanted.path}: is {'damaged' if wrong else 'missing'} ({refused}).{differences} Every file of a corpus "
+            f"must be as it was written: {_describe(wanted.sha256, wanted.size_bytes)}. {self._advice()}"
         )
 
     def _advice(self) -> str:

@@ -87,7 +87,8 @@ class Remote:
             downloader.download(f"{self.location}/{name}", str(target), SILENCE_S)
         except Exception as error:  # each storage has exceptions of its own
             downloader.clean_up()  # the next attempt gets a new connection
-            reason = textwrap.shorten(f"{type(error).__name__}: {error}", 300, placeholder=" ...")
+            root = getattr(error, "last_exception", error)  # of boto3's "Max Retries Exceeded"
+            reason = textwrap.shorten(f"{type(root).__name__}: {root}", 300, placeholder=" ...")
             raise Refusal(reason, answered=_is_answer(error)) from error
 
 

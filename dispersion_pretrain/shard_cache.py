@@ -151,26 +151,31 @@ class ShardCache:
     def _contents(self) -> tuple[list[_Shard], int]:
         """Return the shards of all corpora in the cache, and the bytes of those that are being fetched."""
         shards, coming_bytes = [], 0
-        for corpus in self._corpora():
-            for folder, folders, files in os.walk(corpus):
-                for part in [name for name in folders if name.endswith(PART)]:
-                    folders.remove(part)
-                    coming_bytes += int(part.split(".")[-2])
-                for path in (os.path.join(folder, name) for name in files if name.endswith(SHARD)):
-                    with contextlib.suppress(FileNotFoundError):
-                        status = os.stat(path)
-                        shards.append(_Shard(status.st_atime_ns, status.st_size, path))
+        for folder, parts, files in self._folders():
+            coming_bytes += sum(int(part.split(".")[-2]) for part in parts)
+            for path in (os.path.join(folder, name) for name in files if name.endswith(SHARD)):
+                with contextlib.suppress(FileNotFoundError):
+                    status = os.stat(path)
+                    shards.append(_Shard(status.st_atime_ns, status.st_size, path))
         return shards, coming_bytes
 
-    def _corpora(self) -> list[Path]:
-        return [tag.parent for tag in self.folder.glob(f"*/{TAG}")]
+    def _folders(self) -> Iterator[tuple[str, list[str], list[str]]]:
+        """Yield the folders of all corpora in the cache, each with its downloads and its files.
+
+        With os.walk, as rglob fails where a folder vanishes meanwhile.
+        """
+        for tag in self.folder.glob(f"*/{TAG}"):
+            for folder, folders, files in os.walk(tag.parent):
+                parts = [name for name in folders if name.endswith(PART)]
+                folders[:] = [name for name in folders if not name.endswith(PART)]
+                yield folder, parts, files
 
     def _remove_leftovers(self) -> None:
-        for corpus in self._corpora():
-            for part in corpus.rglob(f"*{PART}"):
-                path = part.with_name(part.name.rsplit(".", 2)[0])
+        for folder, parts, _ in self._folders():
+            for part in parts:
+                path = Path(folder, part.rsplit(".", 2)[0])
                 with contextlib.suppress(filelock.Timeout), self.lock(path).acquire(timeout=0):
-                    shutil.rmtree(part, ignore_errors=True)
+                    shutil.rmtree(Path(folder, part), ignore_errors=True)
 
     def _lock_of_all(self) -> filelock.FileLock:
         return filelock.FileLock(self.folder / "cache.lock")

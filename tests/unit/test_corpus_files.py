@@ -366,6 +366,27 @@ def test_leftovers_of_the_dead_go_and_those_of_the_living_stay(origin: Path, cac
     assert not leftovers(cache)
 
 
+def test_downloads_that_begin_and_end_do_not_hurt_a_start(origin: Path, cache: Path) -> None:
+    CorpusFiles(str(origin), VERSION, cache)
+    neighbour = shard_cache.ShardCache(cache, VERSION, None)
+    ended = threading.Event()
+
+    def download() -> None:
+        path = cache / VERSION / name_of(0)
+        while not ended.is_set():
+            with neighbour.lock(path), neighbour.download_folder(path, SHARD_BYTES) as folder:
+                (folder / "fresh").mkdir()
+
+    thread = threading.Thread(target=download)
+    thread.start()
+    try:
+        for _ in range(300):
+            CorpusFiles(str(origin), VERSION, cache)
+    finally:
+        ended.set()
+        thread.join()
+
+
 # Full disks
 
 

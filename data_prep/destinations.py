@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from corpus_manifest import with_checksum
 from job_arguments import differences, is_remote
 from packing import flush_to_disk
 from prep_errors import InputError
@@ -236,7 +237,7 @@ def _fault(folder: Path, corpus: dict[str, Any]) -> str | None:
 def write_manifest(folder: Path, corpus: dict[str, Any]) -> None:
     """Write corpus.json so that it is there whole or not at all."""
     temporary = folder / _UNFINISHED_MANIFEST
-    temporary.write_text(json.dumps(corpus, indent=1) + "\n", encoding="utf-8")
+    temporary.write_text(json.dumps(with_checksum(corpus), indent=1) + "\n", encoding="utf-8")
     flush_to_disk(temporary)
     os.replace(temporary, folder / MANIFEST)
     flush_to_disk(folder)

@@ -236,9 +236,9 @@ class S3Server:
                 self.put(bucket, f"{prefix}/{path.relative_to(folder).as_posix()}", path.read_bytes())
 
     def corrupt(self, bucket: str, key: str) -> bytes:
-        """Flip a bit near the end of an object; return what it was before."""
+        """Flip a bit of an object's last token (its lower byte); return what it was before."""
         before = self.get(bucket, key)
-        self.put(bucket, key, before[:-3] + bytes([before[-3] ^ 1]) + before[-2:])
+        self.put(bucket, key, before[:-2] + bytes([before[-2] ^ 1]) + before[-1:])
         return before
 
 
@@ -323,10 +323,10 @@ class FaultyProxy:
         self._listening.set()
         self._loop.run_forever()
         server.close()
-        tasks = asyncio.all_tasks(self._loop)
-        for task in tasks:
-            task.cancel()
-        self._loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+        while tasks := asyncio.all_tasks(self._loop):  # one that ends may have accepted another connection
+            for task in tasks:
+                task.cancel()
+            self._loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
         self._loop.close()
 
     def _stop(self) -> None:

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from corpus_manifest import with_checksum
-from job_arguments import differences, is_remote
+from job_arguments import differences
 from packing import flush_to_disk
+from places import is_remote
 from prep_errors import InputError
 
 if TYPE_CHECKING:

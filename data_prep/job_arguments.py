@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 
 from job_source import SourcePair
 from packing import SHARD_BYTES, ShardFormat
+from places import is_remote
 from portions import Source
 from prep_errors import InputError
 from sources import open_source
@@ -133,11 +134,6 @@ def _check(arguments: argparse.Namespace) -> None:
             f"--out {arguments.out}: unknown kind of storage. {', '.join(STORES)} are written. "
             "Give one of them, or a folder."
         )
-
-
-def is_remote(location: str) -> bool:
-    """Tell a URL from a folder of this machine."""
-    return "://" in location or location.startswith("dbfs:/")
 
 
 def open_job_source(arguments: argparse.Namespace) -> Source:

@@ -9,15 +9,13 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from prep_errors import InputError
 
 DOWNLOAD_ATTEMPTS = 3
 DOWNLOAD_TIMEOUT_S = 60.0
 RETRY_WAIT_S = 1.0  # after the first attempt, then twice as long each; most clients have tried several times by then
-_MISSING_CODES = {"404", "NoSuchKey", "NoSuchBucket"}
-_MISSING_ERRORS = {"NotFound", "ResourceNotFoundError", "EntryNotFoundError", "RepositoryNotFoundError"}
 
 
 class Place(Protocol):
@@ -58,13 +56,18 @@ class Place(Protocol):
         ...
 
 
+def is_remote(location: str) -> bool:
+    """Tell a URL from a folder of this machine."""
+    return "://" in location or location.startswith("dbfs:/")
+
+
 def open_place(location: str) -> Place:
     """Return the place that a user names.
 
     Raises:
         InputError: there is no such folder, or no such kind of address.
     """
-    if "://" in location or location.startswith("dbfs:/"):
+    if is_remote(location):
         return RemotePlace(location.rstrip("/"))
     if not Path(location).is_dir():
         raise InputError(f"{location}: is no folder. Give the folder or the address (s3://bucket/prefix) of a corpus.")
@@ -139,7 +142,7 @@ class RemotePlace:
                 return
             except Exception as error:  # each storage has exceptions of its own
                 path.unlink(missing_ok=True)
-                if _says_missing(error):
+                if means_missing(error):
                     raise FileNotFoundError(f"{address}: no such object") from error
                 if attempt == DOWNLOAD_ATTEMPTS - 1:
                     raise OSError(f"cannot be fetched ({type(error).__name__}: {error})") from error
@@ -167,7 +170,12 @@ class RemotePlace:
         return RemotePlace(f"{self.location}/{folder}")
 
 
-def _says_missing(error: Exception) -> bool:
-    response: Any = getattr(error, "response", None)
-    code = str(response.get("Error", {}).get("Code")) if isinstance(response, dict) else ""
-    return isinstance(error, FileNotFoundError) or code in _MISSING_CODES or type(error).__name__ in _MISSING_ERRORS
+def means_missing(error: Exception) -> bool:
+    """Tell an object that does not exist from every other fault, in the words of each store's client."""
+    if isinstance(error, FileNotFoundError) or type(error).__name__ in ("EntryNotFoundError", "NotFound"):
+        return True
+    response = getattr(error, "response", None)
+    if isinstance(response, dict):  # boto3
+        return response.get("Error", {}).get("Code") in ("404", "NoSuchKey")
+    statuses = [getattr(error, name, None) for name in ("status_code", "status", "code")]
+    return 404 in [*statuses, getattr(response, "status_code", None)]

@@ -13,6 +13,7 @@ import _torchvision_guard  # noqa: F401  (before streaming)
 from streaming.base.storage import CloudDownloader, CloudUploader
 from streaming.base.storage.upload import HFUploader
 
+from places import means_missing
 from prep_errors import InputError
 
 UPLOAD_ATTEMPTS = 5  # with pauses of 1, 2, 4 and 8 s, besides those that a store's own client makes
@@ -75,7 +76,7 @@ class ObjectStore:
                 downloader.clean_up()
                 return local.read_bytes()
             except Exception as error:  # each store has exceptions of its own
-                if _means_missing(error):
+                if means_missing(error):
                     return None
                 raise InputError(
                     f"{place}: cannot be read ({type(error).__name__}: {_one_line(error)}). Whether a corpus is there "
@@ -125,14 +126,3 @@ class ObjectStore:
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:300]
-
-
-def _means_missing(error: Exception) -> bool:
-    """Tell an object that does not exist from every other fault, in the words of each store's client."""
-    if isinstance(error, FileNotFoundError) or type(error).__name__ in ("EntryNotFoundError", "NotFound"):
-        return True
-    response = getattr(error, "response", None)
-    if isinstance(response, dict):  # boto3
-        return response.get("Error", {}).get("Code") in ("404", "NoSuchKey")
-    statuses = [getattr(error, name, None) for name in ("status_code", "status", "code")]
-    return 404 in [*statuses, getattr(response, "status_code", None)]

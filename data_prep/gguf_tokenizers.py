@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import _torchvision_guard  # noqa: F401  (before transformers)
+import _transformers_without_torch  # noqa: F401  (before transformers)
 
 # isort: split
 import gguf

@@ -1,13 +1,11 @@
-"""Where documents come from: a named source, or text files on this machine; and which split each belongs to."""
+"""Which source a name means: python-docs, text files on this machine, or a Hugging Face dataset."""
 
 from __future__ import annotations
 
 import glob
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
-from document_hash import document_digest, falls_into_validation
 from hub_datasets import SavedDataset, StreamedDataset, is_saved_dataset
 from portions import Source
 from prep_errors import InputError
@@ -66,14 +64,3 @@ def open_source(
             raise
         reason = str(error).removeprefix(f"{option} {name}: ")
         raise InputError(f"{option} {name}: {_NOTHING_THERE}, and {reason} {_WHAT_THERE_IS}") from error
-
-
-def documents(source: Source) -> Iterator[str]:
-    """Yield all documents of a source in this process."""
-    for portion in source.portions():
-        yield from portion.read()
-
-
-def is_validation(document: str, share: float) -> bool:
-    """Tell by its hash whether a document belongs to the validation split: equal texts are never divided."""
-    return falls_into_validation(document_digest(document.encode("utf-8")), share)

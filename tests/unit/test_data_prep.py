@@ -16,11 +16,11 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-import sources
 import tokenize_to_mds
 import vocabulary
 from data_job import DataJob
 from dispersion_pretrain.corpus import read_manifest
+from document_hash import document_digest, falls_into_validation
 from prep_command import command, contents, read_blocks, write_lines, write_texts
 
 DATA_PREP = Path(tokenize_to_mds.__file__).parent
@@ -42,6 +42,10 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], Path]:
     return texts, folder / "corpus"
 
 
+def is_validation(text: str) -> bool:
+    return falls_into_validation(document_digest(text.encode("utf-8")), 0.2)
+
+
 def test_blocks_hold_the_documents_in_order(made: tuple[list[str], Path]) -> None:
     texts, corpus = made
     described = json.loads((corpus / "corpus.json").read_text())
@@ -51,7 +55,7 @@ def test_blocks_hold_the_documents_in_order(made: tuple[list[str], Path]) -> Non
     assert described["token_dtype"] == "uint16"
     for split, in_validation in (("train", False), ("validation", True)):
         entry = described["splits"][split]
-        expected = [text for text in texts if sources.is_validation(text, 0.2) is in_validation]
+        expected = [text for text in texts if is_validation(text) is in_validation]
         blocks = read_blocks(corpus, split)
         assert blocks.dtype == np.uint16
         assert blocks.shape == (entry["sequences"], 16)
@@ -69,7 +73,7 @@ def test_blocks_hold_the_documents_in_order(made: tuple[list[str], Path]) -> Non
 def test_tokenizer_never_saw_the_validation_split(made: tuple[list[str], Path]) -> None:
     texts, corpus = made
     vocabularies = []
-    for wanted in (texts, [text for text in texts if not sources.is_validation(text, 0.2)]):
+    for wanted in (texts, [text for text in texts if not is_validation(text)]):
         vocabularies.append(vocabulary.train(iter(wanted), 300).get_vocab())
     everything, train_only = vocabularies
     assert AutoTokenizer.from_pretrained(corpus / "tokenizer").get_vocab() == train_only != everything

@@ -38,6 +38,10 @@ def read(portion: Portion) -> list[str]:
     return list(pickle.loads(pickle.dumps(portion.read))())
 
 
+def documents_of(source: Source) -> list[str]:
+    return [text for portion in source.portions() for text in read(portion)]
+
+
 def assert_goes_on(source: Source, expected: list[str], share: float) -> int:
     """Compare the documents, and what comes behind a position with the tail; return the number of portions."""
     whole = [(read(portion), portion.after, portion.units) for portion in source.portions()]
@@ -122,9 +126,9 @@ def test_saved_splits_are_chosen(tmp_path: Path) -> None:
     datasets.DatasetDict(splits).save_to_disk(tmp_path / "saved")
     for name in (str(tmp_path / "saved"), f"hf:{tmp_path / 'saved'}"):
         source = sources.open_source(name, text_column="body", dataset_split="test")
-        assert list(sources.documents(source)) == ["test text"]
+        assert documents_of(source) == ["test text"]
     suffixed = sources.open_source(f"hf:{tmp_path / 'saved'}::test", text_column="body")
-    assert list(sources.documents(suffixed)) == ["test text"]
+    assert documents_of(suffixed) == ["test text"]
     assert suffixed.identity() == source.identity()
 
 
@@ -147,7 +151,7 @@ def test_identity_tells_changed_datasets(tmp_path: Path) -> None:
 
 def error_of(name: str, **options: Any) -> str:
     with pytest.raises(InputError) as caught:
-        list(sources.documents(sources.open_source(name, **options)))
+        documents_of(sources.open_source(name, **options))
     assert "\n" not in str(caught.value) and str(caught.value).endswith(".")
     return str(caught.value)
 
@@ -176,7 +180,7 @@ def test_what_a_dataset_lacks_is_named(tmp_path: Path) -> None:
 
     datasets.Dataset.from_dict({"text": ["one"], "id": [1]}).save_to_disk(tmp_path / "saved")
     saved = str(tmp_path / "saved")
-    assert list(sources.documents(sources.open_source(saved, dataset_split="test"))) == ["one"]
+    assert documents_of(sources.open_source(saved, dataset_split="test")) == ["one"]
     both = {split: datasets.load_from_disk(saved) for split in ("train", "validation")}
     datasets.DatasetDict(both).save_to_disk(tmp_path / "both")
     assert "no split 'test'. There are train, validation." in error_of(str(tmp_path / "both"), dataset_split="test")

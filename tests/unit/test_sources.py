@@ -28,8 +28,11 @@ import portions
 import python_docs
 import sources
 import text_files
+import tokenize_to_mds
+import vocabulary
 from job_source import SourcePair
 from portions import Portion, Position, Source
+from prep_command import command, contents
 from prep_errors import InputError
 
 DATA_PREP = Path(sources.__file__).parent
@@ -52,6 +55,10 @@ def small_portions(size_bytes: int) -> Iterator[None]:
 def read(portion: Portion) -> list[str]:
     """Read a portion as a worker does: what was sent to it."""
     return list(pickle.loads(pickle.dumps(portion.read))())
+
+
+def documents_of(source: Source) -> list[str]:
+    return [text for portion in source.portions() for text in read(portion)]
 
 
 def told(given: Iterator[Portion]) -> list[tuple[list[str], Position, int, Any]]:
@@ -178,7 +185,7 @@ def test_one_document_may_have_100_megabytes(tmp_path: Path, name: str) -> None:
     else:
         expected = ["before", large, "behind"]
         write(tmp_path / name, expected)
-    assert list(sources.documents(sources.open_source(str(tmp_path / name)))) == expected
+    assert documents_of(sources.open_source(str(tmp_path / name))) == expected
 
 
 @pytest.mark.parametrize(
@@ -188,7 +195,7 @@ def test_a_column_of_any_kind_of_string_may_be_chosen(tmp_path: Path, kind: pa.D
     pq.write_table(pa.table({"text": [1, 2], "body": pa.array(["one", "two"], kind)}), tmp_path / "a.parquet")
     (tmp_path / "b.jsonl").write_bytes(json_lines(["three"], key="body"))
     source = sources.open_source(str(tmp_path), text_column="body")
-    assert list(sources.documents(source)) == ["one", "two", "three"]
+    assert documents_of(source) == ["one", "two", "three"]
     assert source.identity()["text_column"] == "body"
 
 
@@ -199,14 +206,15 @@ def test_json_lines_and_patterns_are_sources(tmp_path: Path) -> None:
     (tmp_path / "c.bin").write_text("not text")
     expected = ["# heading", "text 0", "text 1", "text 2"]
     source = sources.open_source(str(tmp_path))
-    assert list(sources.documents(source)) == expected == list(sources.documents(source))
-    assert list(sources.documents(sources.open_source(str(tmp_path / "*.jsonl")))) == expected[1:]
+    assert documents_of(source) == expected == documents_of(source)
+    assert documents_of(sources.open_source(str(tmp_path / "*.jsonl"))) == expected[1:]
 
 
 def test_python_docs_are_documentation_in_a_fixed_order() -> None:
     source = sources.open_source("python-docs")
-    documents = list(sources.documents(source))
-    assert list(sources.documents(source)) == documents
+    documents = documents_of(source)
+    first = next(sources.open_source("python-docs").portions())
+    assert read(first) == documents[: len(read(first))]
     module = next(text for text in documents if text.startswith("tempfile\n========\n\nTemporary files."))
     assert "\n\nclass tempfile.TemporaryDirectory\n\nCreate and return a temporary directory." in module
     assert "\n\ntempfile.mkstemp(suffix=None, prefix=None, dir=None, text=False)\n\nUser-callable function" in module
@@ -217,7 +225,7 @@ def test_python_docs_are_documentation_in_a_fixed_order() -> None:
 
 def error_of(path: Path | str, **options: Any) -> str:
     with pytest.raises(InputError) as caught:
-        list(sources.documents(sources.open_source(str(path), **options)))
+        documents_of(sources.open_source(str(path), **options))
     message = str(caught.value)
     assert "\n" not in message and message.endswith(".")
     return message
@@ -321,7 +329,7 @@ def test_file_that_shrinks_while_it_is_read_is_named(tmp_path: Path) -> None:
     source = sources.open_source(str(tmp_path))
     os.truncate(tmp_path / "a.jsonl", 50)
     with pytest.raises(InputError, match=r"a\.jsonl: became shorter"):
-        list(sources.documents(source))
+        documents_of(source)
 
 
 def test_identity_tells_changed_files(tmp_path: Path) -> None:
@@ -336,6 +344,24 @@ def test_identity_tells_changed_files(tmp_path: Path) -> None:
     assert {key for key in identity if identity[key] != renamed[key]} == {"listing"}
     other = sources.open_source(str(tmp_path))
     assert other.identity()["location"] != identity["location"] and other.identity()["files"] == 2
+
+
+def test_same_documents_in_any_form_make_the_same_corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAYON_NUM_THREADS", "1")  # the command sets these for its process
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
+    texts = [f"{number} " + "shards and ranks " * (number % 50) for number in range(900)]
+    vocabulary.save(vocabulary.train(iter(texts), 280), tmp_path / "tokenizer")
+    made = []
+    for name in ("a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.json.gz", "a.parquet", "hf"):
+        folder = tmp_path / f"in {name}"
+        folder.mkdir()
+        write(folder / (name if name != "hf" else "train.parquet"), texts)
+        source = f"hf:{folder}" if name == "hf" else str(folder / name)
+        out = tmp_path / f"out {name}"
+        assert tokenize_to_mds.main(command(source, out, tokenizer=str(tmp_path / "tokenizer"))) == 0
+        made.append({file: content for file, content in contents(out).items() if file != "corpus.json"})
+    assert any(file.endswith(".mds") for file in made[0])
+    assert all(corpus == made[0] for corpus in made)
 
 
 def test_workers_import_little(tmp_path: Path) -> None:

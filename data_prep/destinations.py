@@ -53,6 +53,10 @@ class Destination(Protocol):
         """Forget the unfinished job."""
         ...
 
+    def close(self) -> None:
+        """Begin nothing more."""
+        ...
+
 
 def destination(out: str, work: Path | None) -> Destination:
     """Return the place that --out names."""
@@ -126,6 +130,9 @@ class LocalCorpus:
         _remove_state(self.state)
         for folder in (self.files, self._old):
             shutil.rmtree(folder, ignore_errors=True)
+
+    def close(self) -> None:
+        """Nothing is open."""
 
 
 class StoredCorpus:
@@ -205,11 +212,15 @@ class StoredCorpus:
 
     def discard(self) -> None:
         """Remove the work folder."""
+        self.close()
+        _remove_state(self.state)
+        shutil.rmtree(self._work, ignore_errors=True)
+
+    def close(self) -> None:
+        """Drop the uploads that have not begun: the process would make them before it ends."""
         if self._opened is not None:
             self._opened.close()
             self._opened = None
-        _remove_state(self.state)
-        shutil.rmtree(self._work, ignore_errors=True)
 
 
 def _remove_state(path: Path) -> None:

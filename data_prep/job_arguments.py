@@ -94,6 +94,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     arguments = argparse.Namespace(**values)
     if isinstance(arguments.seq_len, int):
         arguments.seq_len = [arguments.seq_len]
+    arguments.seq_len = sorted(arguments.seq_len)
     if arguments.validation_source is None and arguments.validation_share is None:
         arguments.validation_share = VALIDATION_SHARE
     _check(arguments)

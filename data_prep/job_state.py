@@ -10,7 +10,7 @@ from typing import Any
 
 from prep_errors import InputError
 
-_LOOKUP_ROWS = 500  # SQLite before 3.32 takes at most 999 variables in a statement
+_ROWS_AT_ONCE = 500  # SQLite before 3.32 takes at most 999 variables in a statement
 _CACHE_KIB = 64 * 2**10  # of the hashes seen; the rest stays on disk, so memory does not grow with the corpus
 
 _TABLES = """
@@ -48,45 +48,56 @@ class JobState:
         self._database.close()
 
     def commit(self) -> None:
-        """Make everything since the last commit last, even through a power cut."""
-        self._database.execute("COMMIT")
-        self._database.execute("BEGIN")
+        """Make everything since the last commit last, even through a power cut.
+
+        Raises:
+            OSError: the disk is full, or fails; as do all methods below.
+        """
+        self._run("COMMIT")
+        self._run("BEGIN")
+
+    def _run(self, statement: str, values: Sequence[Any] = ()) -> sqlite3.Cursor:
+        try:
+            return self._database.execute(statement, values)
+        except sqlite3.Error as error:
+            raise OSError(f"{self._path}: {error}. When the disk does again, the same command goes on.") from error
 
     def get(self, key: str) -> Any:
         """Return a JSON value; None if there is none."""
-        row = self._database.execute("SELECT value FROM job WHERE key = ?", (key,)).fetchone()
+        row = self._run("SELECT value FROM job WHERE key = ?", (key,)).fetchone()
         return None if row is None else json.loads(row[0])
 
     def put(self, key: str, value: Any) -> None:
         """Keep a JSON value."""
-        self._database.execute("INSERT OR REPLACE INTO job VALUES (?, ?)", (key, json.dumps(value)))
+        self._run("INSERT OR REPLACE INTO job VALUES (?, ?)", (key, json.dumps(value)))
 
     def add_shard(self, stream: str, number: int, entry: dict[str, Any]) -> None:
         """Keep what the index will say of a shard that is whole."""
-        self._database.execute("INSERT INTO shards VALUES (?, ?, ?)", (stream, number, json.dumps(entry)))
+        self._run("INSERT INTO shards VALUES (?, ?, ?)", (stream, number, json.dumps(entry)))
 
     def shards(self, stream: str) -> list[dict[str, Any]]:
         """Return the index entries of a stream's shards in their order."""
-        rows = self._database.execute("SELECT entry FROM shards WHERE stream = ? ORDER BY number", (stream,))
+        rows = self._run("SELECT entry FROM shards WHERE stream = ? ORDER BY number", (stream,))
         return [json.loads(entry) for (entry,) in rows]
 
     def are_new(self, hashes: Sequence[bytes]) -> list[bool]:
-        """Tell of each hash whether it comes for the first time, and remember it.
-
-        About 3 us a document; in batches, as single look-ups cost three times as much.
-        """
+        """Tell of each hash whether it comes for the first time, and remember it."""
         known: set[bytes] = set()
-        for start in range(0, len(hashes), _LOOKUP_ROWS):
-            some = hashes[start : start + _LOOKUP_ROWS]
-            places = ",".join("?" * len(some))
-            known.update(
-                row[0] for row in self._database.execute(f"SELECT hash FROM seen WHERE hash IN ({places})", some)
-            )
+        for start in range(0, len(hashes), _ROWS_AT_ONCE):
+            some = hashes[start : start + _ROWS_AT_ONCE]
+            known.update(row[0] for row in self._run(f"SELECT hash FROM seen WHERE hash IN ({_places(some)})", some))
         news, added = [], []
         for digest in hashes:
             news.append(digest not in known)
             if news[-1]:
                 known.add(digest)
-                added.append((digest,))
-        self._database.executemany("INSERT INTO seen VALUES (?)", sorted(added))
+                added.append(digest)
+        added.sort()  # neighbours on disk are written together
+        for start in range(0, len(added), _ROWS_AT_ONCE):
+            some = added[start : start + _ROWS_AT_ONCE]
+            self._run(f"INSERT INTO seen VALUES {_places(some, '(?)')}", some)
         return news
+
+
+def _places(values: Sequence[bytes], place: str = "?") -> str:
+    return ",".join([place] * len(values))

@@ -119,4 +119,4 @@ class ShardProgress(JobProgress):
 
 def percent(units: int, total: int) -> int:
     """Return how much of the total is done; 100 only at the end."""
-    return 100 * units // total
+    return min(100, 100 * units // total)

@@ -47,6 +47,8 @@ def prepare(arguments: argparse.Namespace) -> Corpora:
             return job.run()
     except filelock.Timeout as error:
         raise InputError(f"--out {arguments.out}: another run is making this corpus. Wait for it.") from error
+    finally:
+        place.close()
 
 
 def main(argv: list[str] | None = None) -> int:

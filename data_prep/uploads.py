@@ -86,10 +86,13 @@ class ObjectStore:
     def upload(self, path: Path, then_remove: bool) -> None:
         """Begin to upload a file of the folder; wait while too many are on their way.
 
+        Whoever uploads notices the failure of an earlier upload soon, not when hours of work are done.
+
         Raises:
             OSError: this or an earlier file could not be uploaded.
         """
         self._running.add(self._threads.submit(self._upload, path, then_remove))
+        self._collect({future for future in self._running if future.done()})
         while len(self._running) >= LARGEST_QUEUE:
             self._collect(wait(self._running, return_when=FIRST_COMPLETED).done)
 

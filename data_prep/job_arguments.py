@@ -12,6 +12,7 @@ from packing import SHARD_BYTES, ShardFormat
 from places import is_remote
 from portions import Source
 from prep_errors import InputError
+from recipes import read_recipe
 from sources import open_source
 
 FORMAT_VERSION = 1
@@ -82,8 +83,6 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     given = vars(parser.parse_args(argv))
     recipe: dict[str, Any] = {}
     if "recipe" in given:
-        from recipes import read_recipe
-
         recipe = read_recipe(given["recipe"])
         if {"validation_source", "validation_share"} & set(given):
             recipe = {key: value for key, value in recipe.items() if not key.startswith("validation_")}

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from transformers import AutoTokenizer
 
 import tokenize_to_mds
@@ -288,6 +289,23 @@ def test_validation_source_is_the_validation_split(tmp_path: Path) -> None:
     assert read_manifest(tmp_path / "corpus").splits["train"].documents == 45
     with pytest.raises(SystemExit):
         tokenize_to_mds.main([*arguments, "--validation-share", "0.2"])
+
+
+def test_recipe_gives_what_the_command_line_does_not(tmp_path: Path) -> None:
+    write_lines(tmp_path / "lines.jsonl")
+    recipe = {"source": str(tmp_path / "lines.jsonl"), "tokenizer": "train:300", "seq_len": [16, 24]}
+    recipe |= {"validation_share": 0.2, "deduplicate": True, "minimum_characters": 50}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    start = ["--recipe", str(tmp_path / "recipe.yaml"), "--processes", "1", "--out"]
+    assert tokenize_to_mds.main([*start, str(tmp_path / "as_it_says")]) == 0
+    described = json.loads((tmp_path / "as_it_says" / "seq24" / "corpus.json").read_text())
+    assert (described["deduplicate"], described["minimum_characters"], described["validation_share"]) == (True, 50, 0.2)
+    assert described["filtered"]["short"] > 0 and described["filtered"]["duplicates"] > 0
+    others = ["--no-deduplicate", "--seq-len", "20", "--validation-source", str(tmp_path / "lines.jsonl")]
+    assert tokenize_to_mds.main([*start, str(tmp_path / "otherwise"), *others]) == 0
+    described = json.loads((tmp_path / "otherwise" / "corpus.json").read_text())
+    assert (described["deduplicate"], described["sequence_length"], described["validation_share"]) == (False, 20, None)
+    assert described["minimum_characters"] == 50 and described["source"]["validation"]["name"] == "text"
 
 
 def test_a_corpus_made_before_there_were_filters_is_found(made: tuple[list[str], Path], tmp_path: Path) -> None:

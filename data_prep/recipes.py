@@ -42,7 +42,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
         raise InputError(f"--recipe {path}: cannot be read ({error}). Correct the path.") from error
     except yaml.YAMLError as error:
         raise InputError(f"{path}: is no YAML ({' '.join(str(error).split())}). Correct that line.") from error
-    if not isinstance(recipe, dict) or not recipe:
+    if not isinstance(recipe, dict) or not isinstance(tree, yaml.MappingNode) or not recipe:
         raise InputError(f"{path}: holds no options. `name: value` lines are needed. Look under configs/data.")
     names = [name.value for name, _ in tree.value]
     for name in names:

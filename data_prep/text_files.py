@@ -78,8 +78,9 @@ class TextFiles:
             if file.suffix in _PLAIN_SUFFIXES:
                 spans, number, byte = self._spans(number, place["byte"] if place else 0)
                 place = {"byte": byte} if byte else None
-                read = functools.partial(read_spans, spans, self._column)
-                yield Portion(read, {"file": number, "place": place}, sum(span.stop - span.start for span in spans))
+                position = {"file": number, "place": place}
+                size_bytes = sum(span.stop - span.start for span in spans)
+                yield Portion(functools.partial(read_spans, spans, self._column), position, size_bytes)
                 continue
             cut = cut_parquet if file.suffix == ".parquet" else cut_compressed
             for read, behind, units in cut(file, size_bytes, self._column, place):

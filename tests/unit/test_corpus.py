@@ -10,7 +10,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from streaming.base.format.mds import MDSReader
 
+from dispersion_pretrain import remotes
 from dispersion_pretrain.corpus import TokenCorpus, read_manifest, tokenizer_path
 from small_corpus import LENGTH, SHARDS, TRAIN_SEQUENCES, flip_byte, sequence, take, write_corpus
 
@@ -33,6 +35,63 @@ def test_random_access_gives_every_sequence(whole: Path) -> None:
         for sample_id in np.random.default_rng(0).permutation(len(corpus)):
             np.testing.assert_array_equal(corpus[int(sample_id)], sequence(split, int(sample_id)))
     assert len(TokenCorpus(whole, "train").shard_sizes) == SHARDS
+
+
+def test_samples_are_read_together(whole: Path) -> None:
+    corpus = TokenCorpus(whole, "train")
+    wanted = np.random.default_rng(1).integers(0, len(corpus), 100)  # with repetitions
+    tokens = corpus.read(wanted)
+    assert tokens.dtype == np.uint16 and tokens.shape == (100, LENGTH)
+    np.testing.assert_array_equal(tokens, [sequence("train", int(sample_id)) for sample_id in wanted])
+    assert corpus.read([]).shape == (0, LENGTH)
+    with pytest.raises(IndexError, match=f"sample {TRAIN_SEQUENCES} of the train split"):
+        corpus.read([0, TRAIN_SEQUENCES])
+
+
+def test_shards_are_as_the_files_say(whole: Path) -> None:
+    corpus = TokenCorpus(whole, "train")
+    paths = sorted((whole / "train").glob("*.mds"))
+    assert corpus.shard_bytes.tolist() == [path.stat().st_size for path in paths]
+    first = np.cumsum(corpus.shard_sizes) - corpus.shard_sizes
+    assert [corpus.shard_of(int(sample_id)) for sample_id in first] == list(range(SHARDS))
+    assert [corpus.shard_of(int(sample_id) - 1) for sample_id in first[1:]] == list(range(SHARDS - 1))
+    # streaming's own reader agrees
+    stored = [MDSReader.from_json(str(whole), "train", shard) for shard in _index(whole)["shards"]]
+    for shard_id, reader in enumerate(stored):
+        for row in range(len(reader)):
+            np.testing.assert_array_equal(corpus[int(first[shard_id]) + row], reader.get_item(row)["tokens"])
+
+
+def test_a_shard_can_be_fetched_ahead(folder: Path, tmp_path: Path) -> None:
+    corpus = TokenCorpus(folder, "train", tmp_path / "cache")
+    corpus.prefetch(1)
+    assert [path.name for path in (tmp_path / "cache").rglob("*.mds")] == ["shard.00001.mds"]
+    shutil.rmtree(folder)
+    corpus.prefetch(1)
+    corpus[int(corpus.shard_sizes[0])]
+
+
+def test_mirrors_stand_in_for_a_corpus_that_is_gone(folder: Path, tmp_path: Path) -> None:
+    mirror, cache = tmp_path / "mirror", tmp_path / "cache"
+    manifest = read_manifest(folder)
+    folder.rename(mirror)
+    assert read_manifest(folder, [str(mirror)]) == manifest
+    corpus = TokenCorpus(str(folder), "train", cache, mirrors=[str(mirror)])
+    np.testing.assert_array_equal(corpus[0], sequence("train", 0))
+    assert (tokenizer_path(manifest, cache, [str(mirror)]) / "tokenizer.json").read_text() == "{}"
+    with pytest.raises(ValueError, match=f"{folder}/corpus.json: cannot be read.*{folder}: .*nowhere: "):
+        read_manifest(folder, [str(tmp_path / "nowhere")])
+
+
+def test_a_bounded_cache_serves_the_whole_corpus(folder: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    largest = int(TokenCorpus(folder, "train").shard_bytes.max())
+    corpus = TokenCorpus(folder, "train", cache, cache_limit_bytes=largest)
+    for sample_id in np.random.default_rng(0).permutation(len(corpus)):
+        np.testing.assert_array_equal(corpus[int(sample_id)], sequence("train", int(sample_id)))
+        assert sum(path.stat().st_size for path in cache.rglob("*.mds")) <= largest
+    with pytest.raises(ValueError, match=rf"data\.cache_limit: {largest - 1} bytes do not hold train/shard"):
+        TokenCorpus(folder, "train", cache, cache_limit_bytes=largest - 1)
 
 
 @pytest.mark.parametrize("sample_id", [-1, TRAIN_SEQUENCES])
@@ -127,16 +186,51 @@ def test_changed_index_is_named(folder: Path) -> None:
         TokenCorpus(folder, "train")
 
 
-def test_index_that_lists_too_little_is_noticed_although_its_hash_fits(folder: Path) -> None:
+def _index(folder: Path) -> Any:
+    return json.loads((folder / "train" / "index.json").read_text())
+
+
+def _replace_index(folder: Path, listed: Any) -> None:
+    """Write another index, and its hash into corpus.json."""
     index = folder / "train" / "index.json"
-    listed = json.loads(index.read_text())
-    del listed["shards"][-1]
     index.write_text(json.dumps(listed))
     corpus = json.loads((folder / "corpus.json").read_text())
     corpus["splits"]["train"]["index_sha256"] = hashlib.sha256(index.read_bytes()).hexdigest()
     (folder / "corpus.json").write_text(json.dumps(corpus))
+
+
+def test_index_that_lists_too_little_is_noticed_although_its_hash_fits(folder: Path) -> None:
+    listed = _index(folder)
+    del listed["shards"][-1]
+    _replace_index(folder, listed)
     with pytest.raises(RuntimeError, match=rf"index\.json: lists \d+ sequences, corpus\.json {TRAIN_SEQUENCES}"):
         TokenCorpus(folder, "train")
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("compression", "zstd", "lists mds 2 with compression zstd. Only mds 2 without compression can be read"),
+        ("format", "csv", "lists csv 2 with compression None"),
+        ("version", 3, "lists mds 3 with compression None"),
+        ("raw_data", {"basename": "x.mds", "bytes": 1, "hashes": {"md5": "0"}}, "lists x.mds without sha256"),
+    ],
+)
+def test_shards_that_cannot_be_read_are_refused(folder: Path, field: str, value: Any, message: str) -> None:
+    listed = _index(folder)
+    listed["shards"][1][field] = value
+    _replace_index(folder, listed)
+    with pytest.raises(RuntimeError, match=rf"train/index\.json: {message}"):
+        TokenCorpus(folder, "train")
+
+
+def test_a_shard_that_does_not_hold_what_the_index_says_is_named(folder: Path) -> None:
+    listed = _index(folder)
+    listed["shards"][0]["samples"] += 1
+    listed["shards"][1]["samples"] -= 1
+    _replace_index(folder, listed)
+    with pytest.raises(RuntimeError, match=r"shard\.00000\.mds: does not hold \d+ samples of 16 bytes"):
+        TokenCorpus(folder, "train")[0]
 
 
 def test_shards_of_another_length_are_noticed(folder: Path) -> None:
@@ -183,7 +277,8 @@ def test_damaged_copy_in_a_cache_is_fetched_again(folder: Path, tmp_path: Path) 
     np.testing.assert_array_equal(corpus[0], sequence("train", 0))
 
 
-def test_damaged_origin_of_a_cache_is_named(folder: Path, tmp_path: Path) -> None:
+def test_damaged_origin_of_a_cache_is_named(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remotes, "FIRST_WAIT_S", 0.0)
     flip_byte(folder / "train" / "shard.00000.mds")
     corpus = TokenCorpus(folder, "train", tmp_path / "cache")
     with pytest.raises(RuntimeError, match=r"shard\.00000\.mds: is damaged.*Copy it again from where .*corpus"):

@@ -112,7 +112,10 @@ class CorpusFiles:
             except OSError as error:
                 if is_disk_full(error):
                     raise self._cache.full(path.name, wanted.room_bytes) from error
-                raise
+                raise RuntimeError(
+                    f"{path}: cannot be read or written ({error}). A cache is a folder that this user may write, on a "
+                    "disk that works. Set data.cache to one."
+                ) from error
         return path
 
     @contextlib.contextmanager
@@ -196,7 +199,8 @@ class CorpusFiles:
             cache.put(copy, path)
 
     def _failure(self, wanted: _Wanted, refused: AllRefused, wrong: dict[str, Path]) -> RuntimeError:
-        if not wrong and not all(refusal.answered for refusal in refused.refusals.values()):
+        is_damaged = bool(wrong.keys() & refused.refusals.keys())  # somewhere else than in the cache
+        if not is_damaged and not all(refusal.answered for refusal in refused.refusals.values()):
             return RuntimeError(
                 f"{wanted.path}: cannot be fetched ({refused}). One of the locations must give it. See that it can be "
                 "reached and start again, or name another copy in data.mirrors."
@@ -207,8 +211,8 @@ class CorpusFiles:
             where = "are equal" if offset is None else f"differ first at byte {offset:,}"
             differences += f" {origin} and {other_origin} {where}."
         return RuntimeError(
-            f"{wanted.path}: is {'damaged' if wrong else 'missing'} ({refused}).{differences} Every file of a corpus "
-            f"must be as it was written: {_describe(wanted.sha256, wanted.size_bytes)}. {self._advice()}"
+            f"{wanted.path}: is {'damaged' if is_damaged else 'missing'} ({refused}).{differences} Every file of a "
+            f"corpus must be as it was written: {_describe(wanted.sha256, wanted.size_bytes)}. {self._advice()}"
         )
 
     def _advice(self) -> str:

@@ -72,8 +72,9 @@ class ShardCache:
         Raises:
             RuntimeError: the disk is full, and there are not enough shards that could be removed.
         """
-        for leftover in path.parent.glob(f"{path.name}.*{PART}"):  # of a process that was killed: we hold its lock
-            shutil.rmtree(leftover)
+        for name in os.listdir(path.parent):
+            if name.endswith(PART) and _file_of(name) == path.name:  # of a process that was killed: we hold its lock
+                shutil.rmtree(path.parent / name)
         part = path.with_name(f"{path.name}.{num_bytes or 0}{PART}")
         with self._lock_of_all():
             if num_bytes is not None:
@@ -173,7 +174,7 @@ class ShardCache:
     def _remove_leftovers(self) -> None:
         for folder, parts, _ in self._folders():
             for part in parts:
-                path = Path(folder, part.rsplit(".", 2)[0])
+                path = Path(folder, _file_of(part))
                 with contextlib.suppress(filelock.Timeout), self.lock(path).acquire(timeout=0):
                     shutil.rmtree(Path(folder, part), ignore_errors=True)
 
@@ -182,6 +183,10 @@ class ShardCache:
 
     def _free_bytes(self) -> int:
         return shutil.disk_usage(self.folder).free
+
+
+def _file_of(part: str) -> str:
+    return part.rsplit(".", 2)[0]
 
 
 def is_disk_full(error: BaseException | None) -> bool:

@@ -293,6 +293,29 @@ def test_what_changes_in_the_cache_is_noticed_and_healed(
     assert len(copies) == 3
 
 
+def test_damaged_in_the_cache_while_the_origin_is_down(
+    origin: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = CorpusFiles(str(origin), VERSION, cache, wait=lambda _: None)
+    ensure(files, 0)
+    (cache / VERSION / name_of(0)).write_bytes(b"?")
+
+    def failing(source: str, target: str) -> str:
+        raise TimeoutError("nobody there")
+
+    monkeypatch.setattr(shutil, "copy", failing)
+    with pytest.raises(RuntimeError, match=rf"00000\.mds: cannot be fetched \({origin}: TimeoutError: nobody there\)"):
+        ensure(files, 0)
+    assert not cached(cache)  # no other process can take it for right
+
+
+def test_a_cache_that_cannot_be_used_is_named(origin: Path, cache: Path) -> None:
+    files = CorpusFiles(str(origin), VERSION, cache)
+    (cache / VERSION / name_of(0)).mkdir(parents=True)
+    with pytest.raises(RuntimeError, match=r"00000\.mds: cannot be read or written .*Is a directory.*Set data\.cache"):
+        ensure(files, 0)
+
+
 # The bound
 
 
@@ -365,15 +388,16 @@ def test_a_shard_that_is_removed_at_once_each_time_ends_in_an_error(
 
 def test_leftovers_of_the_dead_go_and_those_of_the_living_stay(origin: Path, cache: Path) -> None:
     CorpusFiles(str(origin), VERSION, cache)
-    for number in (0, 1):
-        part = cache / VERSION / f"{name_of(number)}.1000.part"
+    for name in (name_of(0), name_of(1), f"{name_of(0)}.old"):
+        part = cache / VERSION / f"{name}.1000.part"
         (part / "fresh").mkdir(parents=True)
         (part / "fresh" / "half").write_bytes(b"half")
     with filelock.FileLock(cache / VERSION / f"{name_of(0)}.lock"):
         files = CorpusFiles(str(origin), VERSION, cache)
         assert [path.name for path in leftovers(cache)] == ["shard.00000.mds.1000.part"]
+    (cache / VERSION / f"{name_of(0)}.old.1000.part").mkdir()  # of somebody else
     assert ensure(files, 0) == content(0)  # who gets the lock clears away first
-    assert not leftovers(cache)
+    assert [path.name for path in leftovers(cache)] == ["shard.00000.mds.old.1000.part"]
 
 
 def test_downloads_that_begin_and_end_do_not_hurt_a_start(origin: Path, cache: Path) -> None:

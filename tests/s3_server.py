@@ -258,13 +258,14 @@ class FaultyProxy:
     """Passes requests on to a server on loopback, or does to them what `behave` said last.
 
     One request per connection: whoever keeps connections open is told to open another. `requests` lists all that came,
-    as (method, path).
+    as (method, path); `num_faults` counts those that were not passed on as they are.
     """
 
     def __init__(self, target_port: int) -> None:
         self._target_port = target_port
         self._behaviour = _Behaviour()
         self.requests: list[tuple[str, str]] = []
+        self.num_faults = 0
         self.port = 0
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._run, name="faulty-proxy", daemon=True)
@@ -337,11 +338,13 @@ class FaultyProxy:
         if chosen.left <= 0 or not re.search(chosen.matching, request):
             return _Behaviour()
         chosen.left -= 1
+        self.num_faults += chosen.kind != "pass"
         return chosen
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
-            with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
+            # cancelled: at the end; streams of Python 3.11 print a cancelled task's traceback
+            with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError):
                 head = await reader.readuntil(b"\r\n\r\n")
                 method, path = head.split(b" ", 2)[:2]
                 self.requests.append((method.decode(), path.decode()))
@@ -402,8 +405,8 @@ class FaultyProxy:
             head = await server_reader.readuntil(b"\r\n\r\n")
         writer.write(head)
         limit = behaviour.after_bytes if behaviour.kind in ("cut", "stall") else sys.maxsize
-        sent = 0
-        while sent < limit and (data := await server_reader.read(min(2**16, limit - sent))):
+        sent, piece = 0, max(1, int(behaviour.bytes_per_s / 10)) if behaviour.kind == "slow" else 2**16
+        while sent < limit and (data := await server_reader.read(min(piece, limit - sent))):
             writer.write(data)
             await writer.drain()
             sent += len(data)

@@ -84,7 +84,7 @@ class CorpusFiles:
         limit = None if self._cache is None else self._cache.limit_bytes
         if limit is not None and limit < num_bytes:
             raise ValueError(
-                f"data.cache_limit: {limit:,} bytes do not hold {name} of {self._location}, which has {num_bytes:,}. "
+                f"data.cache_limit_gib: {limit:,} bytes do not hold {name} of {self._location}, which has {num_bytes:,}. "
                 "Room for all shards that are read at the same time is needed. Raise it."
             )
 
@@ -137,7 +137,7 @@ class CorpusFiles:
             self.ensure(name, sha256, size_bytes)
         raise RuntimeError(
             f"{path}: was removed {OPEN_ATTEMPTS} times between fetching and reading it. The cache must have room for "
-            "the shards that all processes of a node read at the same time. Raise data.cache_limit."
+            "the shards that all processes of a node read at the same time. Raise data.cache_limit_gib."
         )
 
     def _open_verified(self, name: str, path: Path) -> int | None:
@@ -203,7 +203,7 @@ class CorpusFiles:
         if not is_damaged and not all(refusal.answered for refusal in refused.refusals.values()):
             return RuntimeError(
                 f"{wanted.path}: cannot be fetched ({refused}). One of the locations must give it. See that it can be "
-                "reached and start again, or name another copy in data.mirrors."
+                "reached and start again, or name another copy among its mirrors (data.corpora)."
             )
         differences = ""
         for (origin, copy), (other_origin, other) in itertools.pairwise(wrong.items()):
@@ -216,7 +216,7 @@ class CorpusFiles:
         )
 
     def _advice(self) -> str:
-        mirrors = "" if self._cache is None else ", name another copy in data.mirrors"
+        mirrors = "" if self._cache is None else ", name another copy among its mirrors (data.corpora)"
         return f"Copy it again from where {self._location} was made{mirrors}, or: {REMEDY}"
 
 
@@ -252,9 +252,9 @@ def _check_in_place(location: str, mirrors: Sequence[str], cache_limit_bytes: in
     if is_remote(location):
         raise ValueError(f"data.cache: is not set, but data.corpus is remote ({location}). {cure}")
     if mirrors:
-        raise ValueError(f"data.cache: is not set, but data.mirrors are ({', '.join(mirrors)}). {cure}")
+        raise ValueError(f"data.cache: is not set, but data.corpora has mirrors ({', '.join(mirrors)}). {cure}")
     if cache_limit_bytes is not None:
-        raise ValueError(f"data.cache: is not set, but data.cache_limit is ({cache_limit_bytes:,}). {cure}")
+        raise ValueError(f"data.cache: is not set, but data.cache_limit_gib is ({cache_limit_bytes:,}). {cure}")
 
 
 def _check_inside(name: str) -> None:

@@ -23,7 +23,7 @@ SHARD = ".mds"
 PART = ".part"
 # By this file a folder of ours is told from a corpus that somebody keeps in the same place; backup programs heed it.
 TAG = "CACHEDIR.TAG"
-TAG_CONTENT = "Signature: 8a477f597d28d172789f06886806bc55\n# Copies of corpora, which data.cache_limit may remove.\n"
+TAG_CONTENT = "Signature: 8a477f597d28d172789f06886806bc55\n# Copies of corpora, which data.cache_limit_gib may remove.\n"
 
 _log = logging.getLogger(__name__)
 
@@ -107,11 +107,11 @@ class ShardCache:
 
     def full(self, name: str, num_bytes: int) -> RuntimeError:
         """Return the error that says that the disk is full."""
-        limit = "not set" if self.limit_bytes is None else f"{self.limit_bytes:,}"
+        limit = "any number" if self.limit_bytes is None else f"{self.limit_bytes:,}"
         held = sum(shard.num_bytes for shard in self._contents()[0])
         return RuntimeError(
             f"{self.folder}: the disk is full: {name} needs {num_bytes:,} bytes, {self._free_bytes():,} are free (the "
-            f"cache holds {held:,} bytes of shards, data.cache_limit is {limit}). Shards of the cache would be removed "
+            f"cache holds {held:,} bytes of shards, data.cache_limit_gib allows {limit}). Shards of the cache would be removed "
             "if that were enough. Free some space there, or set data.cache to a folder on a larger disk."
         )
 
@@ -131,7 +131,7 @@ class ShardCache:
             raise self.full(name, num_bytes)
         num_evicted = self._evict(shards, lacking)
         _log.warning(
-            "%s: the disk is full: %d shards were removed for %s. A lower data.cache_limit keeps space free.",
+            "%s: the disk is full: %d shards were removed for %s. A lower data.cache_limit_gib keeps space free.",
             self.folder,
             num_evicted,
             name,

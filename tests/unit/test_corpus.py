@@ -90,7 +90,7 @@ def test_a_bounded_cache_serves_the_whole_corpus(folder: Path, tmp_path: Path) -
     for sample_id in np.random.default_rng(0).permutation(len(corpus)):
         np.testing.assert_array_equal(corpus[int(sample_id)], sequence("train", int(sample_id)))
         assert sum(path.stat().st_size for path in cache.rglob("*.mds")) <= largest
-    with pytest.raises(ValueError, match=rf"data\.cache_limit: {largest - 1} bytes do not hold train/shard"):
+    with pytest.raises(ValueError, match=rf"data\.cache_limit_gib: {largest - 1} bytes do not hold train/shard"):
         TokenCorpus(folder, "train", cache, cache_limit_bytes=largest - 1)
 
 

@@ -137,8 +137,8 @@ def test_threads_that_want_a_shard_fetch_it_once(origin: Path, cache: Path, copi
             ("s3://bucket/corpus", None, [], None),
             r"data\.cache: is not set, but data\.corpus is remote \(s3://bucket/corpus\)",
         ),
-        (("here", None, ["there"], None), r"data\.cache: is not set, but data\.mirrors are \(there\)"),
-        (("here", None, [], 10), r"data\.cache: is not set, but data\.cache_limit is \(10\)"),
+        (("here", None, ["there"], None), r"data\.cache: is not set, but data\.corpora has mirrors \(there\)"),
+        (("here", None, [], 10), r"data\.cache: is not set, but data\.cache_limit_gib is \(10\)"),
         (
             ("here", "c", ["neverland://there"], None),
             r"neverland://there: cannot be read.*Unsupported remote path.*mirrors",
@@ -159,7 +159,7 @@ def test_arguments_that_do_not_do_are_refused(
 def test_a_limit_that_does_not_hold_a_shard_is_refused(origin: Path, cache: Path) -> None:
     files = CorpusFiles(str(origin), VERSION, cache, cache_limit_bytes=2000)
     files.check_limit("train/shard.00000.mds", 2000)
-    with pytest.raises(ValueError, match=r"data\.cache_limit: 2,000 bytes do not hold train/shard.*has 2,001.*Raise"):
+    with pytest.raises(ValueError, match=r"data\.cache_limit_gib: 2,000 bytes do not hold train/shard.*has 2,001.*Raise"):
         files.check_limit("train/shard.00000.mds", 2001)
 
 
@@ -207,7 +207,7 @@ def test_a_place_without_an_answer_is_asked_again(
     assert len(waits) == remotes.ATTEMPT_ROUNDS - 1
     assert f"{origin}/{name_of(0)}: attempt 7 of at most 8 failed: TimeoutError: nobody there" in caplog.messages
     faults += [TimeoutError("nobody there")] * remotes.ATTEMPT_ROUNDS
-    with pytest.raises(RuntimeError, match=r"00001\.mds: cannot be fetched .*nobody there.*data\.mirrors"):
+    with pytest.raises(RuntimeError, match=r"00001\.mds: cannot be fetched .*nobody there.*mirrors \(data\.corpora\)"):
         ensure(CorpusFiles(str(origin), VERSION, cache, wait=waits.append), 1)
     assert cached(cache) == [0]
     assert not leftovers(cache)
@@ -379,7 +379,7 @@ def test_a_shard_that_is_removed_at_once_each_time_ends_in_an_error(
     files = CorpusFiles(str(origin), VERSION, cache, cache_limit_bytes=SHARD_BYTES)
     whole = files.ensure
     monkeypatch.setattr(files, "ensure", lambda *arguments: whole(*arguments).unlink())
-    with pytest.raises(RuntimeError, match=r"was removed 5 times .*Raise data\.cache_limit"):
+    with pytest.raises(RuntimeError, match=r"was removed 5 times .*Raise data\.cache_limit_gib"):
         read(files, 0)
 
 
@@ -473,7 +473,7 @@ def test_a_disk_that_is_too_small_says_what_is_needed(small_disk: Path, tmp_path
         ensure(files, 7, 2_000_000)
     said = str(error.value)
     assert f"{small_disk / 'cache'}: the disk is full: shard.00007.mds needs 2,000,000 bytes, " in said
-    assert " are free (the cache holds 300,000 bytes of shards, data.cache_limit is 3,000,000)" in said
+    assert " are free (the cache holds 300,000 bytes of shards, data.cache_limit_gib allows 3,000,000)" in said
     assert cached(small_disk) == [0]  # removing it would not have helped
 
 

@@ -84,8 +84,8 @@ class CorpusFiles:
         limit = None if self._cache is None else self._cache.limit_bytes
         if limit is not None and limit < num_bytes:
             raise ValueError(
-                f"data.cache_limit_gib: {limit:,} bytes do not hold {name} of {self._location}, which has {num_bytes:,}. "
-                "Room for all shards that are read at the same time is needed. Raise it."
+                f"data.cache_limit_gib: {limit:,} bytes do not hold {name} of {self._location}, which has "
+                f"{num_bytes:,}. Room for all shards that are read at the same time is needed. Raise it."
             )
 
     def ensure(self, name: str, sha256: str, size_bytes: int | None = None) -> Path:
@@ -203,7 +203,7 @@ class CorpusFiles:
         if not is_damaged and not all(refusal.answered for refusal in refused.refusals.values()):
             return RuntimeError(
                 f"{wanted.path}: cannot be fetched ({refused}). One of the locations must give it. See that it can be "
-                "reached and start again, or name another copy among its mirrors (data.corpora)."
+                "reached and start again, or name a mirror in data.corpora."
             )
         differences = ""
         for (origin, copy), (other_origin, other) in itertools.pairwise(wrong.items()):
@@ -216,7 +216,7 @@ class CorpusFiles:
         )
 
     def _advice(self) -> str:
-        mirrors = "" if self._cache is None else ", name another copy among its mirrors (data.corpora)"
+        mirrors = "" if self._cache is None else ", name a mirror in data.corpora"
         return f"Copy it again from where {self._location} was made{mirrors}, or: {REMEDY}"
 
 
@@ -252,7 +252,7 @@ def _check_in_place(location: str, mirrors: Sequence[str], cache_limit_bytes: in
     if is_remote(location):
         raise ValueError(f"data.cache: is not set, but data.corpus is remote ({location}). {cure}")
     if mirrors:
-        raise ValueError(f"data.cache: is not set, but data.corpora has mirrors ({', '.join(mirrors)}). {cure}")
+        raise ValueError(f"data.cache: is not set, but {location} has mirrors ({', '.join(mirrors)}). {cure}")
     if cache_limit_bytes is not None:
         raise ValueError(f"data.cache: is not set, but data.cache_limit_gib is ({cache_limit_bytes:,}). {cure}")
 

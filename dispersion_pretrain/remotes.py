@@ -68,7 +68,7 @@ class Remote:
         except Exception as error:  # each storage has exceptions of its own
             raise ValueError(
                 f"{location}: cannot be read ({type(error).__name__}: {error}). A folder, or a URL of a storage whose "
-                "package is installed, is allowed. Correct data.corpus, or path and mirrors in data.corpora."
+                "package is installed, is allowed. Correct data.corpus, or path or mirrors in data.corpora."
             ) from error
 
     def _downloader(self) -> _Downloader:

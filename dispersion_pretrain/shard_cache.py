@@ -23,7 +23,9 @@ SHARD = ".mds"
 PART = ".part"
 # By this file a folder of ours is told from a corpus that somebody keeps in the same place; backup programs heed it.
 TAG = "CACHEDIR.TAG"
-TAG_CONTENT = "Signature: 8a477f597d28d172789f06886806bc55\n# Copies of corpora, which data.cache_limit_gib may remove.\n"
+TAG_CONTENT = (
+    "Signature: 8a477f597d28d172789f06886806bc55\n# Copies of corpora, which data.cache_limit_gib may remove.\n"
+)
 
 _log = logging.getLogger(__name__)
 
@@ -107,12 +109,12 @@ class ShardCache:
 
     def full(self, name: str, num_bytes: int) -> RuntimeError:
         """Return the error that says that the disk is full."""
-        limit = "any number" if self.limit_bytes is None else f"{self.limit_bytes:,}"
+        limit = "not set" if self.limit_bytes is None else f"{self.limit_bytes:,} bytes"
         held = sum(shard.num_bytes for shard in self._contents()[0])
         return RuntimeError(
             f"{self.folder}: the disk is full: {name} needs {num_bytes:,} bytes, {self._free_bytes():,} are free (the "
-            f"cache holds {held:,} bytes of shards, data.cache_limit_gib allows {limit}). Shards of the cache would be removed "
-            "if that were enough. Free some space there, or set data.cache to a folder on a larger disk."
+            f"cache holds {held:,} bytes of shards, data.cache_limit_gib is {limit}). Shards of the cache would be "
+            "removed if that were enough. Free some space there, or set data.cache to a folder on a larger disk."
         )
 
     def _make_room(self, name: str, num_bytes: int) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import json
 import resource
 import subprocess
@@ -25,6 +26,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 from dispersion_pretrain.corpus import TokenCorpus  # noqa: E402
 from dispersion_pretrain.data import BatchStream  # noqa: E402
+from dispersion_pretrain.order import GlobalOrder, OrderedCorpus  # noqa: E402
 
 # isort: split
 from streaming import MDSWriter, StreamingDataset  # noqa: E402  # after the package, which makes torchvision importable
@@ -57,12 +59,15 @@ def write_corpus(folder: Path) -> None:
     (folder / "corpus.json").write_text(json.dumps(corpus))
 
 
+def order_of(corpus: TokenCorpus) -> GlobalOrder:
+    ordered = OrderedCorpus(corpus.index_sha256, corpus.shard_sizes)
+    return GlobalOrder([ordered], shuffle="windows", seed=1, window_samples=len(corpus), sequence_length=LENGTH)
+
+
 def shuffled_ids(corpus: TokenCorpus) -> Iterator[list[int]]:
-    order = corpus.order("py1e", seed=1)
-    position = 0
-    while True:
-        yield [order.sample_id(position + offset) for offset in range(MICRO_BATCH)]
-        position += MICRO_BATCH
+    order = order_of(corpus)
+    for first in itertools.count(0, MICRO_BATCH):
+        yield [order.place(position).sample_id for position in range(first, first + MICRO_BATCH)]
 
 
 def one_by_one(corpus: TokenCorpus) -> Iterator[torch.Tensor]:
@@ -76,9 +81,8 @@ def together(corpus: TokenCorpus) -> Iterator[torch.Tensor]:
 
 
 def batch_stream(corpus: TokenCorpus) -> Iterator[torch.Tensor]:
-    order = corpus.order("py1e", seed=1)
     layout = dict(rank=0, world_size=1, micro_batch=MICRO_BATCH, accumulation=1, start_step=0)
-    for batch in BatchStream(corpus, order, **layout):
+    for batch in BatchStream([corpus], order_of(corpus), **layout):
         yield batch.input_ids
 
 

@@ -20,7 +20,6 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-import threading
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -133,9 +132,8 @@ def peak_memory_mb(source: Path, tokenizer: Path, processes: int) -> float:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
-        ended = threading.Event()
-        threading.Thread(target=lambda: (process.wait(), ended.set()), daemon=True).start()
-        while not ended.wait(0.1):
+        while process.poll() is None:
+            time.sleep(0.1)
             sum_bytes = 0
             try:
                 for one in [process, *process.children(recursive=True)]:

@@ -151,8 +151,13 @@ def test_what_is_done_is_not_done_again(
 
 def interrupted(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave an unfinished job with some progress behind."""
+
+    def stop(writer: corpus_writer.CorpusWriter) -> None:
+        writer.commit()
+        raise KeyboardInterrupt
+
     with monkeypatch.context() as context:
-        context.setattr(corpus_writer.CorpusWriter, "seal", lambda self: (self.commit(), signal.raise_signal(2)))
+        context.setattr(corpus_writer.CorpusWriter, "seal", stop)
         assert tokenize_to_mds.main(arguments) == 130
 
 

@@ -293,7 +293,7 @@ def test_validation_source_is_the_validation_split(tmp_path: Path) -> None:
 
 def test_recipe_gives_what_the_command_line_does_not(tmp_path: Path) -> None:
     write_lines(tmp_path / "lines.jsonl")
-    recipe = {"source": str(tmp_path / "lines.jsonl"), "tokenizer": "train:300", "seq_len": [16, 24]}
+    recipe: dict[str, Any] = {"source": str(tmp_path / "lines.jsonl"), "tokenizer": "train:300", "seq_len": [16, 24]}
     recipe |= {"validation_share": 0.2, "deduplicate": True, "minimum_characters": 50}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     start = ["--recipe", str(tmp_path / "recipe.yaml"), "--processes", "1", "--out"]

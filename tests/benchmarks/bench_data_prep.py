@@ -162,9 +162,14 @@ def main() -> None:
         print(f"{lines.stat().st_size / 1e6:.0f} MB of JSON lines, {VOCABULARY:,} tokens, {os.cpu_count()} cores\n")
         runs: dict[tuple[str, int], list[Run]] = {}
         for _ in range(arguments.rounds):
-            for workers in (1, 2):
-                runs.setdefault(("library", workers), []).append(run_library(lines, folder / "tokenizer", workers))
-                runs.setdefault(("ours", workers), []).append(run_ours(folder / "text", folder / "tokenizer", workers))
+            for name, workers in (("library", 1), ("ours", 1), ("library", 2), ("ours", 2)):
+                if name == "library":
+                    run = run_library(lines, folder / "tokenizer", workers)
+                else:
+                    run = run_ours(folder / "text", folder / "tokenizer", workers)
+                runs.setdefault((name, workers), []).append(run)
+                print(f"{name} {workers}: {run.wall_s:.1f} s, processors {run.processor_s:.1f} s", flush=True)
+        print()
         print(f"{'':24}{'tokens/s':>12}{'of library':>12}{'processor us/token':>20}{'of library':>12}")
         for (name, workers), some_runs in runs.items():
             print_row(f"{name}, {workers} {'threads' if name == 'library' else 'processes'}", some_runs,

@@ -94,6 +94,22 @@ def test_lost_bytes_are_noticed(tmp_path: Path) -> None:
         ShardStream(tmp_path, shard_format, 0, 100)
 
 
+def test_what_the_state_does_not_know_is_removed(tmp_path: Path) -> None:
+    """A store would get it, and for a shard that is whole."""
+    stream = ShardStream(tmp_path, ShardFormat(16, "uint16", 1000))
+    stream.add(np.arange(3000, dtype=np.uint16))
+    stream.finish()
+    stream.close()
+
+    def names() -> list[str]:
+        return sorted(path.name for path in tmp_path.iterdir())
+
+    assert len(names()) > 6 and names()[-2].endswith(".last")
+    for tokens, known in ((16, 3), (0, 2)):  # of shard 2
+        ShardStream(tmp_path, ShardFormat(16, "uint16", 1000), 2, tokens).close()
+        assert names() == [f"shard.0000{number}.mds" for number in range(known)]
+
+
 @pytest.mark.parametrize(("vocab_size", "dtype"), [(2**16, "uint16"), (2**16 + 1, "uint32")])
 def test_tokens_take_the_smallest_type_that_holds_them(vocab_size: int, dtype: str) -> None:
     assert token_dtype(vocab_size) == dtype

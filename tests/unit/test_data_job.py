@@ -85,6 +85,7 @@ def end_at_step(step: int, arguments: list[str]) -> None:
     os._exit(tokenize_to_mds.main(arguments))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small_portions")
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_job_goes_on_from_every_step(tmp_path: Path, tokenizer: Path, overwrite: bool) -> None:
@@ -290,6 +291,7 @@ class Killing:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_real_command_is_killed_twenty_times(tmp_path: Path) -> None:
     write_lines(tmp_path / "lines.jsonl", documents=700)
     out, partial = tmp_path / "corpus", tmp_path / ".corpus.partial"

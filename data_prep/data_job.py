@@ -13,7 +13,7 @@ from typing import Any
 from corpus_writer import SPLITS, CorpusWriter, finish_splits, missing_shard, split_entry
 from destinations import Corpora, Destination
 from document_hash import document_digest, falls_into_validation
-from encoding_workers import EncodingJob, encode_portions
+from encoding_workers import EncoderPool, EncodingJob
 from job_arguments import corpus_recipe, differences
 from job_state import JobState
 from packing import ShardFormat, flush_to_disk, token_dtype
@@ -51,8 +51,9 @@ class DataJob:
         state = self._open_state()
         try:
             if state.get("sealed") is None:
-                tokenizer = state.get("tokenizer") or self._make_tokenizer(state)
-                self._write_shards(state, tokenizer)
+                with EncoderPool(self._arguments.processes) as pool:
+                    tokenizer = state.get("tokenizer") or self._make_tokenizer(state)
+                    self._write_shards(state, tokenizer, pool)
             corpora = self._manifests(state)
             state.close()
             self._place.publish(corpora)
@@ -161,7 +162,7 @@ class DataJob:
         if not train:
             raise self._empty_split("train", total)
 
-    def _write_shards(self, state: JobState, tokenizer: dict[str, Any]) -> None:
+    def _write_shards(self, state: JobState, tokenizer: dict[str, Any], pool: EncoderPool) -> None:
         arguments = self._arguments
         writer = CorpusWriter(self._folders, self._formats(tokenizer), state, self._place.shard_is_whole)
         encoding = EncodingJob(
@@ -180,8 +181,7 @@ class DataJob:
             )
         try:
             with TokenProgress(total_units, writer.units, writer.documents, writer.tokens) as progress:
-                portions = self._source.portions(writer.position)
-                for portion, encoded in encode_portions(portions, encoding, arguments.processes):
+                for portion, encoded in pool.encode(self._source.portions(writer.position), encoding):
                     writer.add(portion, encoded)
                     progress.show(writer.units, writer.documents, writer.tokens)
             self._check_splits(writer, state)

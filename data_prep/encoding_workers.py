@@ -7,6 +7,7 @@ way from its objects to arrays then run in parallel, too.
 from __future__ import annotations
 
 import array
+import functools
 import multiprocessing
 import os
 import signal
@@ -17,6 +18,8 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +29,7 @@ from encoding import load_encoder
 from portions import Portion
 
 BATCH_CHARACTERS = 2**18  # encoded at once: the library's own objects take some 100 bytes a token meanwhile
+_LONGEST_END_S = 10.0
 PORTIONS_IN_FLIGHT = 2  # per worker: the next one waits where the last one was
 
 
@@ -108,15 +112,10 @@ class PortionEncoder:
         return lengths
 
 
-_encoder: PortionEncoder | None = None  # of a worker process
-
-
-def _start_worker(job: EncodingJob) -> None:
-    global _encoder
+def _start_worker() -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the main process, which ends this one
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    _encoder = PortionEncoder(job)
 
 
 def _end_with_parent() -> None:
@@ -127,48 +126,76 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _encode_in_worker(read: Callable[[], Iterator[str]], split: str | None) -> EncodedPortion:
-    assert _encoder is not None
-    return _encoder(Portion(read, {}, 0, split))  # type: ignore[arg-type]
+@functools.lru_cache(maxsize=1)
+def _encoder(job: EncodingJob) -> PortionEncoder:
+    return PortionEncoder(job)
 
 
-def encode_portions(
-    portions: Iterator[Portion], job: EncodingJob, processes: int
-) -> Iterator[tuple[Portion, EncodedPortion]]:
-    """Yield each portion with its tokens, in order; one process means this one.
+def _encode_in_worker(
+    job: EncodingJob, read: Callable[[], Iterator[str]], split: Literal["train", "validation"] | None
+) -> EncodedPortion:
+    return _encoder(job)(Portion(read, {}, 0, split))
 
-    Raises:
-        InputError: from a source.
-        ChildProcessError: a worker was killed.
+
+class EncoderPool:
+    """Processes that encode; one means this one. The others start at once, while this one still makes the tokenizer.
+
+    To be used in a `with` statement, which ends them.
     """
-    if processes == 1:
-        encoder = PortionEncoder(job)
-        for portion in portions:
-            yield portion, encoder(portion)
-        return
-    others = {process.pid for process in multiprocessing.active_children()}
-    context = multiprocessing.get_context("spawn")  # a fork of a process with the threads of torch may hang
-    pool = ProcessPoolExecutor(processes, context, _start_worker, (job,))
-    waiting: deque[tuple[Portion, Future[EncodedPortion]]] = deque()
-    try:
-        for portion in portions:
-            waiting.append((portion, pool.submit(_encode_in_worker, portion.read, portion.split)))
-            if len(waiting) >= PORTIONS_IN_FLIGHT * processes:
+
+    def __init__(self, processes: int) -> None:
+        self._processes = processes
+        self._others = {process.pid for process in multiprocessing.active_children()}
+        self._pool: ProcessPoolExecutor | None = None
+        if processes > 1:
+            context = multiprocessing.get_context("spawn")  # a fork of a process with the threads of torch may hang
+            self._pool = ProcessPoolExecutor(processes, context, _start_worker)
+            for _ in range(processes):  # each starts a worker
+                self._pool.submit(os.getpid)
+
+    def __enter__(self) -> EncoderPool:
+        """Return itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """End the processes; after an error at once, as what they read may take for ever."""
+        if self._pool is None:
+            return
+        self._pool.shutdown(wait=error is None, cancel_futures=True)
+        if error is not None:
+            own = [process for process in multiprocessing.active_children() if process.pid not in self._others]
+            for process in own:
+                process.terminate()
+            for process in own:
+                process.join(_LONGEST_END_S)
+
+    def encode(self, portions: Iterator[Portion], job: EncodingJob) -> Iterator[tuple[Portion, EncodedPortion]]:
+        """Yield each portion with its tokens, in order.
+
+        Raises:
+            InputError: from a source.
+            ChildProcessError: a worker was killed.
+        """
+        if self._pool is None:
+            encoder = PortionEncoder(job)
+            for portion in portions:
+                yield portion, encoder(portion)
+            return
+        waiting: deque[tuple[Portion, Future[EncodedPortion]]] = deque()
+        try:
+            for portion in portions:
+                waiting.append((portion, self._pool.submit(_encode_in_worker, job, portion.read, portion.split)))
+                if len(waiting) >= PORTIONS_IN_FLIGHT * self._processes:
+                    first, future = waiting.popleft()
+                    yield first, future.result()
+            while waiting:
                 first, future = waiting.popleft()
                 yield first, future.result()
-        while waiting:
-            first, future = waiting.popleft()
-            yield first, future.result()
-        pool.shutdown()
-    except BaseException as error:
-        pool.shutdown(wait=False, cancel_futures=True)
-        for process in multiprocessing.active_children():
-            if process.pid not in others:  # what it reads may take for ever
-                process.terminate()
-        if isinstance(error, BrokenProcessPool):
+        except BrokenProcessPool as error:
             raise ChildProcessError(
-                f"--processes {processes}: a worker process was killed. Usually memory ran out: each needs that of "
-                "the tokenizer and of the longest document. Give fewer processes or more memory; the same command "
+                f"--processes {self._processes}: a worker process was killed. Usually memory ran out: each needs that "
+                "of the tokenizer and of the longest document. Give fewer processes or more memory; the same command "
                 "goes on."
             ) from error
-        raise

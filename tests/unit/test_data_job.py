@@ -25,7 +25,7 @@ import encoding_workers
 import text_files
 import tokenize_to_mds
 import vocabulary
-from encoding_workers import EncodingJob, encode_portions
+from encoding_workers import EncoderPool, EncodingJob
 from job_state import JobState
 from portions import Portion
 from prep_command import command, contents, write_lines
@@ -244,14 +244,16 @@ def fail_soon() -> Iterator[str]:
 def test_killed_worker_is_named(tokenizer: Path) -> None:
     portions = [Portion(kill_own_process, {}, 1)]
     with pytest.raises(ChildProcessError, match="--processes 2: a worker process was killed. Usually memory ran out"):
-        list(encode_portions(iter(portions), encoding_job(tokenizer), processes=2))
+        with EncoderPool(2) as pool:
+            list(pool.encode(iter(portions), encoding_job(tokenizer)))
     assert not multiprocessing.active_children()
 
 
 def test_error_does_not_wait_for_other_workers(tokenizer: Path) -> None:
     portions = [Portion(fail_soon, {}, 1), Portion(wait_for_ever, {}, 1)]
     with pytest.raises(OSError, match="no such disk"):
-        list(encode_portions(iter(portions), encoding_job(tokenizer), processes=2))
+        with EncoderPool(2) as pool:
+            list(pool.encode(iter(portions), encoding_job(tokenizer)))
     deadline = time.monotonic() + 20
     while multiprocessing.active_children() and time.monotonic() < deadline:
         time.sleep(0.05)

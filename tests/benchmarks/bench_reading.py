@@ -102,7 +102,7 @@ def batches(reader: str, folder: Path) -> Iterator[torch.Tensor]:
             [OrderedCorpus(corpus.index_sha256, corpus.shard_sizes)],
             shuffle="windows",
             seed=0,
-            window_samples=WINDOW_TOKENS // length,
+            window_samples=WINDOW_TOKENS // max(length, 1024),  # short samples stand for ones of 1,024 tokens
             sequence_length=length,
         )
         layout = dict(rank=0, world_size=1, micro_batch=MICRO_BATCH, accumulation=1)

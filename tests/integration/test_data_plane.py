@@ -24,7 +24,7 @@ BUCKET, PREFIX = "data-plane", "deep/corpus"
 URL = f"s3://{BUCKET}/{PREFIX}"
 LENGTH = 64
 SHARD_BYTES = 8192
-STEPS, STEP_TOKENS = 12, 64 * LENGTH
+STEPS, STEP_TOKENS = 20, 64 * LENGTH
 WINDOW_SAMPLES = 100
 CACHE_LIMIT_BYTES = 2**16  # two windows with what hangs over at their ends
 
@@ -46,7 +46,7 @@ def plane(s3_server: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Iter
     folder = tmp_path_factory.mktemp("plane")
     texts = folder / "texts"
     texts.mkdir()
-    for name, text in sorted(pydoc_data.topics.topics.items())[:40]:
+    for name, text in sorted(pydoc_data.topics.topics.items())[:60]:
         (texts / f"{name}.txt").write_text(text)
     s3_server.create_bucket(BUCKET)
     with FaultyProxy(s3_server.port) as proxy, pytest.MonkeyPatch.context() as patch:
@@ -147,8 +147,9 @@ def test_two_runs_share_a_cold_bounded_cache_before_a_store_that_is_busy_for_a_w
         assert job.wait() == 0, job.output()
     assert plane.proxy.num_faults == 12, "the runs had need of the store while it was busy"
     assert all(trajectory(tmp_path / name / "run") == undisturbed for name in names)
-    assert 0 < largest_bytes <= limit_bytes + 4 * SHARD_BYTES  # one shard over for each process
-    assert len(shards_fetched(plane.proxy)) * SHARD_BYTES > limit_bytes, "more was read than the cache holds"
+    allowed_bytes = limit_bytes + 4 * SHARD_BYTES  # one shard over for each process
+    assert 0 < largest_bytes <= allowed_bytes
+    assert len(shards_fetched(plane.proxy)) * SHARD_BYTES > allowed_bytes, "a cache without a bound would show"
 
 
 def test_an_object_damaged_in_the_store_is_taken_from_a_mirror_then_from_the_cache(

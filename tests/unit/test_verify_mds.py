@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -442,7 +443,8 @@ def test_a_remote_corpus_is_checked_without_keeping_it(
     def download(self: places.RemotePlace, address: str, path: Path) -> None:
         nonlocal most_files
         check(self, address, path)
-        most_files = max(most_files, len(list(tmp_path.rglob("*.mds"))))
+        files = [name for _, _, names in os.walk(tmp_path) for name in names]  # rglob fails where a folder vanishes
+        most_files = max(most_files, sum(name.endswith(".mds") for name in files))
 
     monkeypatch.setattr(places.RemotePlace, "_download", download)
     assert verify(URL, "--processes", "2") == (0, [])

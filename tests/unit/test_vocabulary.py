@@ -142,25 +142,13 @@ def write_gguf(path: Path, backend: Tokenizer, pre: str, *, model: str = "gpt2",
 
 
 def original(pre: str) -> Tokenizer:
-    """A tokenizer as the models of that kind have it, in the words of their own tokenizer.json."""
-    backend = Tokenizer(models.BPE(ignore_merges=pre == "llama-bpe"))
+    """A tokenizer as the models of that kind have it, in the words of their own tokenizer.json.
+
+    Its merges join digits, and no merges lead to the token `panicpanic`: so how words are cut, and whether a whole word
+    goes before the merges, shows.
+    """
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    if pre == "smollm":
-        byte_level = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level])
-    elif pre != "gpt-2":
-        digits = {"llama-bpe": "{1,3}", "qwen2": ""}[pre]
-        words = (
-            r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}" + digits + r"| ?[^\s\p{L}\p{N}]+[\r\n]*"
-            r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-        )
-        byte_level = pre_tokenizers.Sequence(
-            [
-                pre_tokenizers.Split(Regex(words), "isolated"),
-                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-            ]
-        )
-    if pre == "qwen2":
-        backend.normalizer = normalizers.NFC()
+    backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = byte_level
     trainer = trainers.BpeTrainer(
         vocab_size=450,
@@ -169,6 +157,24 @@ def original(pre: str) -> Tokenizer:
         show_progress=False,
     )
     backend.train_from_iterator(TRAINING, trainer)
+    content = json.loads(backend.to_str())
+    content["model"]["vocab"]["panicpanic"] = len(content["model"]["vocab"])
+    content["model"]["ignore_merges"] = pre == "llama-bpe"
+    backend = Tokenizer.from_str(json.dumps(content))
+    if pre == "smollm":
+        single = pre_tokenizers.Digits(individual_digits=True)
+        backend.pre_tokenizer = pre_tokenizers.Sequence([single, byte_level])
+    elif pre != "gpt-2":
+        digits = {"llama-bpe": "{1,3}", "qwen2": ""}[pre]
+        words = (
+            r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}" + digits + r"| ?[^\s\p{L}\p{N}]+[\r\n]*"
+            r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+        )
+        split = pre_tokenizers.Split(Regex(words), "isolated")
+        bytes_of = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        backend.pre_tokenizer = pre_tokenizers.Sequence([split, bytes_of])
+    if pre == "qwen2":
+        backend.normalizer = normalizers.NFC()
     backend.add_tokens([tokenizers.AddedToken("<tool>", normalized=False)])
     return backend
 
@@ -183,7 +189,7 @@ def test_tokenizer_of_a_gguf_file_is_the_original(tmp_path: Path, pre: str) -> N
     vocabulary.save(tokenizer, tmp_path / "tokenizer")
     encoder = load_encoder(tmp_path / "tokenizer" / "tokenizer.json")
     backend.encode_special_tokens = True
-    for text in [*AWKWARD, *TRAINING[:3], "a <tool> b"]:
+    for text in [*AWKWARD, *TRAINING[:3], "a <tool> b", "panicpanic"]:
         ids = encoder.encode(text, add_special_tokens=False).ids
         assert ids == backend.encode(text, add_special_tokens=False).ids, text
         if pre != "qwen2":  # which composes accents

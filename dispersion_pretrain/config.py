@@ -37,6 +37,11 @@ class RunSettings(_Section):
     seed: int = Field(
         0, ge=0, lt=2**31, description="initial weights, data order, dropout, positions of the dispersion term"
     )
+    max_time: str | None = Field(
+        None,
+        pattern=r"^(\d+-)?\d{1,3}:[0-5]\d:[0-5]\d$",
+        description="[days-]hours:minutes:seconds after which a start saves and asks to be started again; null: none",
+    )
     doctor: bool = Field(
         True, description="before each start, compare gradients through the engine with a one-process reference"
     )
@@ -301,6 +306,51 @@ class CheckpointSettings(_Section):
     every_steps: int | None = Field(None, ge=1, description="also after the last step")
     every_minutes: float | None = Field(None, gt=0)
     keep_last: int = Field(2, ge=1)
+    keep_every_tokens: int | None = Field(
+        None, ge=1, description="the first checkpoint after each multiple of so many tokens is kept for ever"
+    )
+    background: bool = Field(
+        True, description="training goes on while a copy in host memory is written; false: it waits"
+    )
+    local_folder: str | None = Field(
+        None, description="folder on a fast disk of each node for a second tier of checkpoints between the shared ones"
+    )
+    local_every_steps: int | None = Field(None, ge=1, description="steps between those; only the newest is kept")
+    on_mismatch: Literal["stop", "warn"] = Field(
+        "stop", description="what a resume does when its first step is not the one that the checkpoint promises"
+    )
+
+    @model_validator(mode="after")
+    def _tiers_are_whole(self) -> CheckpointSettings:
+        if (self.local_folder is None) != (self.local_every_steps is None):
+            raise ValueError(
+                "local_folder and local_every_steps: one is set without the other. Both or neither are allowed. "
+                "Set both, or leave both out."
+            )
+        return self
+
+
+class FaultSettings(_Section):
+    non_finite: Literal["stop", "skip", "rollback"] = Field(
+        "stop",
+        description="a step with a loss or gradient that is not finite: end the run; make no update and go on; "
+        "or go back to the last checkpoint and pass over the samples since",
+    )
+    max_skips: int = Field(3, ge=1, description="of skip: so many in a row end the run")
+    max_rollbacks: int = Field(3, ge=1, description="so many within one run end it")
+    spike: Literal["off", "warn", "rollback"] = Field("warn", description="what a sudden rise of the loss does")
+    spike_score: float = Field(
+        8.0, gt=0, description="a rise is sudden if it is so many robust standard deviations above the window's median"
+    )
+    spike_window_steps: int = Field(128, ge=8, description="steps of which median and deviation are taken")
+    hang_s: float | None = Field(
+        1800.0,
+        gt=0,
+        description="without any progress for so long the run reports who waits where and ends; null: never",
+    )
+    replica_check_steps: int | None = Field(
+        None, ge=1, description="steps between checks that ranks hold the same weights; null: none"
+    )
 
 
 class LoggingSettings(_Section):
@@ -334,6 +384,7 @@ class Settings(_Section):
     validation: ValidationSettings | None = ValidationSettings()
     condensation: CondensationSettings | None = None
     checkpoint: CheckpointSettings = CheckpointSettings()
+    faults: FaultSettings = FaultSettings()
     logging: LoggingSettings = LoggingSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
 

@@ -1,23 +1,22 @@
-"""Checkpoints that are whole or absent: commit, verify, find the newest good one, retain.
+"""What a committed checkpoint is: its form, whether it is whole, which is the newest; saving.py writes them.
 
 `runs/NAME/checkpoints/step-00000100/` holds the caller's files, manifest.json (size and hash of each of them)
 and COMMITTED (the hash of manifest.json, written last). Hidden neighbours are in transit: `.saving-step-*` is
 being written, `.removing-step-*` deleted, `.replaced-step-*` is the older copy of a step that is being saved
 again.
+
+A second tier has the same form on a disk of each node, where the checkpoint of a step is one folder a node, with the
+files of the node's ranks.
 """
 
 from __future__ import annotations
 
-import errno
 import hashlib
-import io
 import json
-import logging
 import os
 import re
-import shutil
-import time
-from collections.abc import Iterable
+import secrets
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,9 +30,6 @@ MANIFEST = "manifest.json"
 MARKER = "COMMITTED"
 
 _CANDIDATE = re.compile(r"(?:\.replaced-)?step-(\d{8,})")
-_IN_TRANSIT = re.compile(r"\.(?:saving|removing)-step-\d{8,}")
-
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -67,10 +63,10 @@ def step_folder(run_folder: Path | str, step: int) -> Path:
 
 def committed_steps(run_folder: Path | str) -> list[int]:
     """Return the steps that have a COMMITTED marker, ascending; contents are not verified."""
-    return sorted({step for step, folder in _candidates(run_folder) if (folder / MARKER).is_file()})
+    return sorted({step for step, folder in candidates(run_folder) if (folder / MARKER).is_file()})
 
 
-def _candidates(run_folder: Path | str) -> list[tuple[int, Path]]:
+def candidates(run_folder: Path | str) -> list[tuple[int, Path]]:
     """List (step, folder), newest first; of a step that was being saved again the older copy comes second."""
     folder = checkpoints_folder(run_folder)
     if not folder.is_dir():
@@ -83,148 +79,98 @@ def _candidates(run_folder: Path | str) -> list[tuple[int, Path]]:
     return sorted(found, key=lambda candidate: (-candidate[0], candidate[1].name.startswith(".")))
 
 
-def _rank_file(rank: int) -> str:
+def rank_file(rank: int) -> str:
+    """Return the name of what only that rank knows (its random state, ...) within a checkpoint."""
     return f"rank_{rank:05d}.pt"
 
 
-# ---- saving
+# ---- tiers
 
 
-def staging_folder(run_folder: Path | str, step: int) -> Path:
-    """Make the empty folder into which every rank writes its files of a new checkpoint.
+@dataclass(frozen=True)
+class Tier:
+    """A place for the checkpoints of a run, as this rank sees it.
 
-    Collective: world. What earlier, killed saves left behind is removed: a run has one save under way at a
-    time.
+    `ranks` are those that see the same place; the first of them makes, commits and removes its folders. `node` is None
+    where a checkpoint is whole in one folder. Else it says whose files lie here, and a checkpoint counts only for the
+    same ones.
+    """
+
+    run_folder: Path
+    ranks: tuple[int, ...]
+    node: dict[str, Any] | None = None
+
+    @property
+    def leads(self) -> bool:
+        return distributed.rank() == self.ranks[0]
+
+
+def shared_tier(run_folder: Path | str) -> Tier:
+    """Return the run folder itself, which all ranks see."""
+    return Tier(Path(run_folder), tuple(range(distributed.world_size())))
+
+
+def local_tier(folder: Path | str, run_folder: Path, *, zero_stage: int) -> Tier:
+    """Return this node's part of the second tier, below `folder`, after finding out which ranks see the same disk.
+
+    The run's place in it has a random name that is kept in the run folder: when that is removed and the run begins
+    again, what is left on the disks of nodes does not count.
+
+    Collective: world.
 
     Raises:
-        RuntimeError: rank 0 cannot make the folder; raised on every rank.
+        RuntimeError: a rank cannot write there; raised on every rank.
     """
-    staging = checkpoints_folder(run_folder) / f".saving-step-{step:08d}"
 
-    def make_anew() -> None:
-        staging.parent.mkdir(parents=True, exist_ok=True)
-        for path in list(staging.parent.iterdir()):
-            if _IN_TRANSIT.fullmatch(path.name):
-                shutil.rmtree(path, ignore_errors=True)
-        staging.mkdir()
+    def identity() -> tuple[str, str]:
+        path = run_folder / "local_tier"
+        if not path.exists():
+            run_folder.mkdir(parents=True, exist_ok=True)
+            path.with_suffix(".tmp").write_text(secrets.token_hex(8))
+            path.with_suffix(".tmp").replace(path)
+        return path.read_text(), secrets.token_hex(8)
 
-    distributed.from_main(f"{staging}: cannot make the folder of a new checkpoint", make_anew)
-    return staging
-
-
-def save_rank_state(staging: Path, state: dict[str, Any]) -> None:
-    """Write what only this rank knows (its random state, ...) into the checkpoint as rank_00000.pt.
-
-    Collective: world. `state` may hold what a weights-only torch.load reads: tensors, numbers, strings,
-    lists, dictionaries.
-
-    Raises:
-        RuntimeError: a rank cannot write its state, or could never load it again; raised on every rank.
-    """
-    path = staging / _rank_file(distributed.rank())
-    with distributed.failing_together(f"{path.name}: cannot save the state of this rank"):
-        buffer = io.BytesIO()
-        torch.save(state, buffer)
-        buffer.seek(0)
-        torch.load(buffer, weights_only=True)  # better to fail at the save than at the resume
-        path.write_bytes(buffer.getbuffer())
+    name, token = distributed.from_main(f"{run_folder}: cannot name the run on the disks of its nodes", identity)
+    place = Path(folder).expanduser().absolute() / f"{run_folder.name}-{name}"
+    own = place / f".here-{token}-{distributed.rank()}"
+    ranks: list[int] = []
+    with distributed.failing_together(f"checkpoint.local_folder: {place} cannot be written"):
+        place.mkdir(parents=True, exist_ok=True)
+        own.touch()
+    with distributed.failing_together(f"checkpoint.local_folder: {place} cannot be read"):
+        ranks = sorted(int(path.name.rpartition("-")[2]) for path in place.glob(f".here-{token}-*"))
+    with distributed.failing_together(f"checkpoint.local_folder: {place} cannot be written"):
+        own.unlink()
+    node = {"ranks": ranks, "world_size": distributed.world_size(), "zero_stage": zero_stage}
+    return Tier(place, tuple(ranks), node)
 
 
 def load_rank_state(checkpoint: Path) -> dict[str, Any]:
-    """Return what `save_rank_state` wrote on this rank, tensors on the CPU.
+    """Return what this rank alone knew when the checkpoint was saved, tensors on the CPU.
 
     Collective: world.
 
     Raises:
         RuntimeError: the checkpoint holds no readable state for some rank; raised on every rank.
     """
-    path = checkpoint / _rank_file(distributed.rank())
+    path = checkpoint / rank_file(distributed.rank())
     state: dict[str, Any] = {}
     with distributed.failing_together(f"{path}: cannot load the state of this rank"):
         state = torch.load(path, map_location="cpu", weights_only=True)
     return state
 
 
-def commit(
-    staging: Path,
-    *,
-    step: int,
-    tokens: int,
-    samples: int,
-    world_size: int,
-    settings: dict[str, Any],
-    versions: dict[str, str],
-    extra: dict[str, Any],
-) -> Path:
-    """Turn the files in `staging` into the committed checkpoint of `step` and return its folder.
-
-    Collective: world; all files are closed before. The ranks share hashing (SHA-256) and flushing to disk. A
-    kill or a power cut at any moment leaves the new checkpoint whole or the older ones as they were. An older
-    checkpoint of the same step is replaced, and can be found until the new one is committed. `samples` is the
-    position in the data stream; `extra` holds git commit, fingerprint of the data and the like.
-
-    Raises:
-        RuntimeError: a rank failed (disk full, a file vanished); raised on every rank, older checkpoints
-            untouched.
-    """
-    target = staging.parent / f"step-{step:08d}"
-    distributed.barrier()
-    sizes = distributed.from_main(f"{staging}: cannot list the files", lambda: _sizes(staging))
-    own: dict[str, str] = {}
-    with distributed.failing_together(f"{staging}: cannot read back and flush the files"):
-        for name in _share(sizes):
-            own[name] = _sha256(staging / name, flush=True)
-    hashes = {name: digest for part in distributed.gather_objects(own) for name, digest in part.items()}
-    manifest = {
-        "format_version": FORMAT_VERSION,
-        "step": step,
-        "tokens": tokens,
-        "samples": samples,
-        "world_size": world_size,
-        "created": time.time(),
-        "versions": versions,
-        "settings": settings,
-        "extra": extra,
-        "files": {name: {"bytes": sizes[name], "sha256": hashes[name]} for name in sorted(sizes)},
-    }
-    distributed.from_main(
-        f"{target}: cannot commit the checkpoint",
-        lambda: _publish(staging, target, json.dumps(manifest, indent=1).encode()),
-    )
-    return target
+# ---- verifying
 
 
-def _publish(staging: Path, target: Path, manifest: bytes) -> None:
-    """Put manifest and folder in place, the marker last; each is on disk before the next is touched."""
-    _write_and_flush(staging / MANIFEST, manifest)
-    for folder, _, _ in os.walk(staging):
-        _flush_folder(Path(folder))
-    replaced = target.parent / f".replaced-{target.name}"
-    if target.exists():
-        if replaced.exists() and verify(target):
-            shutil.rmtree(target)  # left by a save that was killed before its marker: the older copy is good
-        else:
-            shutil.rmtree(replaced, ignore_errors=True)
-            os.replace(target, replaced)
-    os.replace(staging, target)
-    _flush_folder(target.parent)
-    _flush_folder(target.parent.parent)
-    unseen = target / f".{MARKER}"
-    _write_and_flush(unseen, hashlib.sha256(manifest).hexdigest().encode())
-    os.replace(unseen, target / MARKER)  # whoever watches for markers never sees half of one
-    _flush_folder(target)
-    if replaced.exists():
-        _remove(replaced)
-
-
-def _share(sizes: dict[str, int]) -> list[str]:
-    """Return this rank's share of the files, so that every rank reads about as many bytes."""
-    loads = [0] * distributed.world_size()
+def _share(sizes: dict[str, int], ranks: Sequence[int]) -> list[str]:
+    """Return this rank's share of the files, so that each of `ranks` reads about as many bytes."""
+    loads = [0] * len(ranks)
     own = []
     for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
         owner = loads.index(min(loads))
         loads[owner] += sizes[name]
-        if owner == distributed.rank():
+        if ranks[owner] == distributed.rank():
             own.append(name)
     return own
 
@@ -241,55 +187,35 @@ def _sizes(folder: Path) -> dict[str, int]:
     return sizes
 
 
-def _sha256(path: Path, flush: bool = False) -> str:
+def _sha256(path: Path) -> str:
     with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        if flush:
-            os.fsync(file.fileno())
-    return digest
-
-
-def _write_and_flush(path: Path, content: bytes) -> None:
-    with open(path, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _flush_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # what file systems without such a flush answer
-            raise
-    finally:
-        os.close(descriptor)
-
-
-# ---- verifying
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def verify(checkpoint: Path) -> list[str]:
     """Return what is wrong with a checkpoint, reading every byte of it; empty when it is whole."""
-    problems, manifest = _check_structure(checkpoint)
+    problems, manifest = check_structure(checkpoint)
     return problems or _check_content(checkpoint, manifest["files"], manifest["files"])
 
 
-def _verify_together(checkpoint: Path) -> tuple[list[str], dict[str, Any]]:
-    """Return problems and manifest, alike on all ranks; the ranks share the reading. Collective: world."""
-    problems, manifest = distributed.from_main(
-        f"{checkpoint}: cannot check the checkpoint", lambda: _check_structure(checkpoint)
-    )
+def _verify_together(path: Path, ranks: Sequence[int]) -> tuple[list[str], dict[str, Any]]:
+    """Return problems, alike on all ranks, and the manifest of what `path` is to this rank.
+
+    The `ranks` that see the same `path` share the reading. Collective: world.
+    """
+    leads = distributed.rank() == ranks[0]
+    structures = distributed.gather_objects(check_structure(path) if leads else None)
+    problems = [problem for structure in structures if structure is not None for problem in structure[0]]
+    manifest: dict[str, Any] = structures[ranks[0]][1]
     if not problems:
         files = manifest["files"]
-        own = _share({name: files[name]["bytes"] for name in files})
-        parts = distributed.gather_objects(_check_content(checkpoint, files, own))
+        own = _share({name: files[name]["bytes"] for name in files}, ranks)
+        parts = distributed.gather_objects(_check_content(path, files, own))
         problems = [problem for part in parts for problem in part]
     return problems, manifest
 
 
-def _check_structure(checkpoint: Path) -> tuple[list[str], dict[str, Any]]:
+def check_structure(checkpoint: Path) -> tuple[list[str], dict[str, Any]]:
     """Return problems of marker, manifest, names and sizes, and the manifest ({} if not believable)."""
     try:
         if not (checkpoint / MARKER).is_file():
@@ -333,29 +259,53 @@ def _check_content(checkpoint: Path, files: dict[str, Any], names: Iterable[str]
 # ---- finding
 
 
-def find_newest_good(run_folder: Path | str) -> tuple[CheckpointInfo | None, list[str]]:
-    """Walk back from the newest checkpoint to the first that is whole; say why newer ones were skipped.
+def find_newest_good(run_folder: Path | str, local: Tier | None = None) -> tuple[CheckpointInfo | None, list[str]]:
+    """Walk back from the newest checkpoint of both tiers to the first that is whole; say why newer ones were skipped.
 
-    Collective: world; the ranks share the reading and get the same answer. Skipped ones are left for
-    inspection.
+    One of the second tier is whole if the part of every node is, for the ranks that now run there.
+
+    Collective: world; the ranks share the reading and get the same answer, but for the path on a node's own disk.
+    Skipped ones are left for inspection.
     """
-    candidates = distributed.from_main(
-        f"{checkpoints_folder(run_folder)}: cannot list the checkpoints", lambda: _candidates(run_folder)
-    )
+    tiers = [tier for tier in (local, shared_tier(run_folder)) if tier is not None]
+    listed = [(tier, name) for tier in tiers for name in _names_everywhere(tier)]
     skipped: list[str] = []
-    for _, path in candidates:
-        problems, manifest = _verify_together(path)
-        if not problems:
+    for tier, name in sorted(listed, key=lambda entry: _age(entry[1])):  # of one step, a node's own disk comes first
+        path = checkpoints_folder(tier.run_folder) / name
+        problems, manifest = _verify_together(path, tier.ranks)
+        elsewhere = distributed.any_rank(not problems and manifest.get("node") != tier.node)
+        if not problems and not elsewhere:
             return _info(path, manifest), skipped
+        problems = problems or ["it is of other ranks, or of another zero.stage, than those that run here now"]
         skipped.append(f"{path}: {'; '.join(problems)}")
     return None, skipped
 
 
-def resolve(run_folder: Path | str, resume: str | Path) -> tuple[CheckpointInfo | None, list[str]]:
+def _names_everywhere(tier: Tier) -> list[str]:
+    """Names of the checkpoints of which every node has a folder. Collective: world."""
+    names: list[str] = []
+    folder = checkpoints_folder(tier.run_folder)
+    with distributed.failing_together(f"{folder}: cannot list the checkpoints"):
+        if tier.leads:
+            names = [path.name for _, path in candidates(tier.run_folder)]
+    lists = [part for part in distributed.gather_objects(names if tier.leads else None) if part is not None]
+    return [name for name in lists[0] if all(name in other for other in lists)]
+
+
+def _age(name: str) -> tuple[int, bool]:
+    """What sorts names of checkpoints from new to old; of a step that was saved again the older copy comes second."""
+    match = _CANDIDATE.fullmatch(name)
+    assert match is not None
+    return -int(match[1]), name.startswith(".")
+
+
+def resolve(
+    run_folder: Path | str, resume: str | Path, local: Tier | None = None
+) -> tuple[CheckpointInfo | None, list[str]]:
     """Return the checkpoint that `resume` asks for, or None for step 0, and why newer ones were skipped.
 
-    Collective: world. `resume` is "auto" (the newest good one of the run, or a start), "none" (a start), or
-    the folder of a checkpoint, of this run or another.
+    Collective: world. `resume` is "auto" (the newest good one of the run, on either tier, or a start), "none" (a
+    start), or the folder of a checkpoint, of this run or another.
 
     Raises:
         ValueError: the named folder does not exist.
@@ -365,7 +315,7 @@ def resolve(run_folder: Path | str, resume: str | Path) -> tuple[CheckpointInfo 
     if resume == "none":
         return None, []
     if resume == "auto":
-        info, skipped = find_newest_good(run_folder)
+        info, skipped = find_newest_good(run_folder, local)
         folder = checkpoints_folder(run_folder)
         if info is None and distributed.from_main(f"{folder}", lambda: committed_steps(run_folder)):
             reasons = "\n".join(skipped)
@@ -381,7 +331,7 @@ def resolve(run_folder: Path | str, resume: str | Path) -> tuple[CheckpointInfo 
     )
     if not distributed.from_main(f"{path}", path.is_dir):
         raise ValueError(f"--resume: {path} is not a folder. {allowed} Correct the path.")
-    problems, manifest = _verify_together(path)
+    problems, manifest = _verify_together(path, range(distributed.world_size()))
     if problems:
         raise RuntimeError(f"--resume: {path} is not whole: {'; '.join(problems)}. {allowed} Name another one.")
     return _info(path, manifest), []
@@ -396,53 +346,3 @@ def _info(path: Path, manifest: dict[str, Any]) -> CheckpointInfo:
         world_size=manifest["world_size"],
         manifest=manifest,
     )
-
-
-# ---- retaining
-
-
-def retain(
-    run_folder: Path | str,
-    keep_last: int,
-    protected_steps: Iterable[int] = (),
-    *,
-    verified_step: int | None = None,
-) -> list[Path]:
-    """Remove committed checkpoints except the last `keep_last`, the protected ones and the newest good one.
-
-    Rank 0 alone acts, the others return at once. Damaged checkpoints and saves under way are left alone. The
-    newest good one is found by reading it; `verified_step`, which this process has just committed, is
-    believed unread.
-
-    Returns:
-        The folders removed (on rank 0). What cannot be deleted is logged and does not stop the run.
-
-    Raises:
-        ValueError: `keep_last` is below 1.
-    """
-    if keep_last < 1:
-        raise ValueError(f"keep_last: {keep_last} would keep no checkpoint. Allowed: 1 or more. Raise it.")
-    if not distributed.is_main():
-        return []
-    whole = [(step, path) for step, path in _candidates(run_folder) if not _check_structure(path)[0]]
-    good = (step for step, path in whole if step == verified_step or not verify(path))
-    newest_good = next(good, None)
-    if newest_good is None:
-        return []
-    steps = sorted({step for step, _ in whole}, reverse=True)
-    kept = {newest_good, *steps[:keep_last], *protected_steps}
-    return [path for step, path in whole if step not in kept and _remove(path)]
-
-
-def _remove(checkpoint: Path) -> bool:
-    """Delete a checkpoint so that a kill on the way leaves nothing that passes for one; tell if gone."""
-    removing = checkpoint.parent / f".removing-{checkpoint.name.removeprefix('.replaced-')}"
-    try:
-        (checkpoint / MARKER).unlink(missing_ok=True)
-        shutil.rmtree(removing, ignore_errors=True)
-        os.replace(checkpoint, removing)
-        shutil.rmtree(removing)
-    except OSError as error:
-        _log.warning("%s: cannot delete this older checkpoint: %s", checkpoint, error)
-        return False
-    return True

@@ -9,12 +9,14 @@ from __future__ import annotations
 import logging
 import os
 import socket
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 from deepspeed.runtime.zero import parameter_offload
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from deepspeed.utils import logger as deepspeed_logger
@@ -30,6 +32,7 @@ from dispersion_pretrain.optim import parameter_groups
 VERSION = deepspeed.__version__
 _OLDEST_VERSION = (0, 19, 6)
 _TAG = "engine"  # the folder of DeepSpeed's own files within a checkpoint
+_NOWHERE = "nowhere"  # the folder that DeepSpeed is told to save into
 
 
 def start_distributed() -> torch.device:
@@ -109,6 +112,24 @@ def _optimizer(module: nn.Module, settings: Settings) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, fused=torch.cuda.is_available(), **options)
 
 
+class _Collector(TorchCheckpointEngine):
+    """Takes the place of DeepSpeed's writer of checkpoint files: hands their states on and touches no disk.
+
+    So no rank can fail within `save_checkpoint`, where the others would wait for it in a barrier.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.take: Callable[[str, Any], object] | None = None
+
+    def makedirs(self, path: str, exist_ok: bool = False) -> None:
+        pass
+
+    def save(self, state_dict: Any, path: str) -> None:
+        assert self.take is not None
+        self.take(Path(path).relative_to(_NOWHERE).as_posix(), state_dict)
+
+
 class DeepSpeedEngine:
     """A module, its optimizer and ZeRO. Collective: every method but the setters, on all ranks alike."""
 
@@ -119,6 +140,14 @@ class DeepSpeedEngine:
             model=module, optimizer=_optimizer(module, settings), config=deepspeed_settings(settings, layout)
         )
         self.module: nn.Module = self._engine.module
+        if self._engine.zero_nvme_offload_optimizer():
+            raise ValueError(
+                "zero.overrides: the optimizer state is offloaded to NVMe, from where it cannot be saved. cpu is "
+                "allowed. Set zero.offload_optimizer instead."
+            )
+        self._collector = self._engine.checkpoint_engine = _Collector()
+        # DeepSpeed would copy a script beside each checkpoint, on rank 0 alone; launch/export_hf.py does its work.
+        self._engine._copy_recovery_script = lambda _: None
         # Without ZeRO and in float32 DeepSpeed clips but keeps no norm; every rank holds the averaged gradients then.
         self._records_norm = settings.zero.stage > 0 or settings.model.precision != "float32"
         self._own_norm: Tensor | None = None
@@ -243,9 +272,16 @@ class DeepSpeedEngine:
                     return cast(Tensor, master)
         return parameter
 
-    def save(self, folder: Path) -> None:
-        """Write weights and optimizer state, each rank its part, under `folder`."""
-        self._engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False)
+    def save(self, take: Callable[[str, Any], object], *, whole_model: bool | None = None) -> None:
+        """Hand weights and optimizer state, each rank its part, to `take`: the name of a file and what it is to hold.
+
+        That is the running state, which the next step changes. `whole_model` is whether this rank gives the weights
+        that it has in common with others, as rank 0 does by default; at stage 3 each gives what is its own.
+        """
+        if self._engine.zero_optimization_stage() < 3:
+            self._engine.save_non_zero_checkpoint = dist.get_rank() == 0 if whole_model is None else whole_model
+        self._collector.take = take
+        self._engine.save_checkpoint(_NOWHERE, tag=_TAG, save_latest=False)
 
     def load(self, folder: Path) -> None:
         """Load what `save` wrote, at the same world size and ZeRO stage.

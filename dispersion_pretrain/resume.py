@@ -9,14 +9,15 @@ import socket
 import time
 from typing import Any
 
+import safetensors.torch
 import torch
-from safetensors.torch import save_file
 
 from dispersion_pretrain import checkpoint, distributed, metrics, provenance
 from dispersion_pretrain.assembly import RunParts
 from dispersion_pretrain.config import Settings
 from dispersion_pretrain.evaluate import pending_evaluations
 from dispersion_pretrain.export import MODEL_CONFIG_FOLDER, REFERENCE_FILE
+from dispersion_pretrain.saving import Description, Saves
 from dispersion_pretrain.settings_file import dump_settings
 
 _REFERENCE_TOKENS = 16
@@ -41,44 +42,59 @@ _FIXED = (
 _log = logging.getLogger(__name__)
 
 
-def save_run(parts: RunParts, step: int) -> float:
-    """Commit a checkpoint after `step` steps and remove old ones; return the seconds it took.
-
-    It holds the engine's shards, each rank's random state, the model's config, and reference logits for the check of an
-    export. The position in the data follows from the step: order and batch are fixed.
+def open_saves(settings: Settings) -> Saves:
+    """Return what makes the checkpoints of this run, as its settings say.
 
     Collective: world.
 
     Raises:
-        RuntimeError: a rank cannot write; older checkpoints are untouched.
+        RuntimeError: a rank cannot write into checkpoint.local_folder; on every rank.
+    """
+    section, local = settings.checkpoint, None
+    if section.local_folder is not None:
+        local = checkpoint.local_tier(section.local_folder, settings.run_folder, zero_stage=settings.zero.stage)
+    return Saves(
+        settings.run_folder,
+        local=local,
+        background=section.background,
+        keep_last=section.keep_last,
+        keep_every_tokens=section.keep_every_tokens,
+        protected_steps=lambda: pending_evaluations(settings.run_folder),
+    )
+
+
+def save_run(parts: RunParts, saves: Saves, tier: checkpoint.Tier, step: int) -> float:
+    """Begin a checkpoint after `step` steps; return the seconds for which training stood still.
+
+    It holds the engine's shards, each rank's random state, the model's config, and reference logits for the check of an
+    export. The position in the data follows from the step: order and batch are fixed. `saves.poll` tells what became
+    of it.
+
+    Collective: world.
     """
     started, settings = time.monotonic(), parts.settings
-    staging = checkpoint.staging_folder(settings.run_folder, step)
-    parts.engine.save(staging)
-    checkpoint.save_rank_state(staging, {"random": distributed.random_state(), "objective": _objective_state(parts)})
+    saves.begin(tier, step)
+    parts.engine.save(saves.take, whole_model=tier.leads)
+    saves.take_rank_state({"random": distributed.random_state(), "objective": _objective_state(parts)})
     reference = _reference(parts)
-    with distributed.failing_together(f"{staging}: cannot write the model's config and reference"):
-        if distributed.is_main():
-            parts.hub_config.save_pretrained(staging / MODEL_CONFIG_FOLDER)
-            save_file(reference, staging / REFERENCE_FILE)
-    checkpoint.commit(
-        staging,
-        step=step,
-        tokens=parts.tokens(step),
-        samples=step * settings.global_batch_sequences,
-        world_size=parts.layout.world_size,
-        settings=settings.model_dump(mode="json"),
-        versions=provenance.versions(),
-        extra={
-            "git_commit": provenance.git_commit() if distributed.is_main() else None,
-            "data_order": parts.corpora.order.fingerprint(),
-            "teacher": parts.teacher.fingerprint if parts.teacher else None,
-        },
+    if distributed.is_main():
+        saves.take(f"{MODEL_CONFIG_FOLDER}/config.json", parts.hub_config.to_json_string().encode())
+        saves.take(REFERENCE_FILE, safetensors.torch.save(reference))
+    saves.write(
+        Description(
+            step=step,
+            tokens=parts.tokens(step),
+            samples=step * settings.global_batch_sequences,
+            world_size=parts.layout.world_size,
+            settings=settings.model_dump(mode="json"),
+            versions=provenance.versions(),
+            extra={
+                "git_commit": provenance.git_commit() if distributed.is_main() else None,
+                "data_order": parts.corpora.order.fingerprint(),
+                "teacher": parts.teacher.fingerprint if parts.teacher else None,
+            },
+        )
     )
-    with distributed.failing_together(f"{settings.run_folder}: cannot look after older checkpoints"):
-        if distributed.is_main():
-            pending = pending_evaluations(settings.run_folder)
-            checkpoint.retain(settings.run_folder, settings.checkpoint.keep_last, pending, verified_step=step)
     return time.monotonic() - started
 
 
@@ -94,11 +110,12 @@ def _reference(parts: RunParts) -> dict[str, torch.Tensor]:
     return {"input_ids": input_ids, "logits": logits.float().cpu().contiguous()}
 
 
-def resume_run(parts: RunParts, resume: str) -> int:
+def resume_run(parts: RunParts, resume: str, local: checkpoint.Tier | None = None) -> int:
     """Load what `resume` names and return the number of steps done; 0 for a start.
 
     Args:
         resume: "auto", "none" or the folder of a checkpoint.
+        local: the second tier, in which "auto" looks as well.
 
     Collective: world.
 
@@ -113,7 +130,7 @@ def resume_run(parts: RunParts, resume: str) -> int:
             "run folder is needed. "
             "Set run.name or run.folder, or remove that folder."
         )
-    found, skipped = checkpoint.resolve(settings.run_folder, resume)
+    found, skipped = checkpoint.resolve(settings.run_folder, resume, local)
     if distributed.is_main():
         for reason in skipped:
             _log.warning("skipped checkpoint %s", reason)

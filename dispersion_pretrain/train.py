@@ -22,7 +22,8 @@ from dispersion_pretrain.data import Batch
 from dispersion_pretrain.engine import start_distributed
 from dispersion_pretrain.evaluate import start_evaluation_job
 from dispersion_pretrain.objective import EvaluationOutputs, LossTerms, StepContext
-from dispersion_pretrain.resume import prepare_run_folder, resume_run, save_run
+from dispersion_pretrain.resume import open_saves, prepare_run_folder, resume_run, save_run
+from dispersion_pretrain.saving import Saved, Saves
 
 _CONDENSATION_TOKENS = 512  # of each text, as in the paper; the cosine sums grow with the square
 _TERMS = ("cross-entropy", "distillation")  # whose sums a step must keep finite, besides each layer's dispersion
@@ -119,7 +120,8 @@ def run(settings: Settings, *, resume: str = "auto") -> int:
     device = start_distributed()
     stop = StopSignal()
     parts = assemble(settings, device)
-    step = resume_run(parts, resume)
+    saves = open_saves(settings)
+    step = resume_run(parts, resume, saves.local)
     prepare_run_folder(parts, step)
     writer = metrics.MetricsWriter(
         settings.run_folder,
@@ -149,22 +151,26 @@ def run(settings: Settings, *, resume: str = "auto") -> int:
         saving = step > last_save_step and (ending or save_due(settings, step, last_save_time))
         if logging:
             log(parts, writer, step, context.coefficient, meter.values(step, parts, batches.wait_s))
-        if logging or saving:
+        tier = saves.shared if saving else saves.local if local_save_due(settings, step) else None
+        if logging or tier is not None:
             refuse_spoiled_update(parts.engine.gradient_norm(), step - 1)
         with meter.pause():
             measure(parts, writer, step, everything=step == settings.num_steps)
-        if saving:
+        if tier is not None:
             with meter.pause():
-                writer.write(step, parts.tokens(step), {"checkpoint_s": save_run(parts, step)})
+                writer.write(step, parts.tokens(step), {"checkpoint_s": save_run(parts, saves, tier, step)})
+        if saving:
             last_save_step, last_save_time = step, time.monotonic()
-            job = settings.evaluation
-            if job.every and step % job.every == 0 and distributed.is_main():
-                start_evaluation_job(settings.run_folder, step, job.suite, device=job.device)
+        if ending:
+            saves.finish()
+        for saved in saves.poll():
+            report_save(parts, writer, saves, saved)
         if stopping:
             break
 
     batches.close()
     writer.close()
+    saves.require_saved()
     if step == settings.num_steps:
         return 0
     if distributed.is_main():
@@ -272,6 +278,24 @@ def save_due(settings: Settings, step: int, last_save_time: float) -> bool:
     if every.every_minutes is None:
         return False
     return distributed.any_rank(time.monotonic() - last_save_time >= 60 * every.every_minutes)
+
+
+def local_save_due(settings: Settings, step: int) -> bool:
+    """Whether a checkpoint on the nodes' own disks is due."""
+    every = settings.checkpoint.local_every_steps
+    return every is not None and step % every == 0
+
+
+def report_save(parts: RunParts, writer: metrics.MetricsWriter, saves: Saves, saved: Saved) -> None:
+    """Write what became of a save, and start the evaluation that waited for the commit."""
+    settings, step = parts.settings, saved.step
+    if saved.error is not None:
+        writer.write(step, parts.tokens(step), {"checkpoint/failed": 1.0})
+        return
+    writer.write(step, parts.tokens(step), {"checkpoint/write_s": saved.write_s})
+    job = settings.evaluation
+    if job.every and step % job.every == 0 and saved.tier is saves.shared and distributed.is_main():
+        start_evaluation_job(settings.run_folder, step, job.suite, device=job.device)
 
 
 class ThroughputMeter:

@@ -12,8 +12,8 @@ import dispersion_pretrain  # noqa: F401  (before streaming, which imports torch
 
 # isort: split
 import numpy as np
+import safetensors.torch
 import torch
-from safetensors.torch import save_file
 from streaming import MDSWriter
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 from dispersion_pretrain import checkpoint
 from dispersion_pretrain.config import Settings
 from dispersion_pretrain.objective import TrainingModule
+from dispersion_pretrain.saving import Description, Saves
 from dispersion_pretrain.settings_file import dump_settings, parse_settings
 
 VOCABULARY = 300
@@ -125,27 +126,19 @@ def write_run(folder: Path, settings: Settings, tokenizer: Path, steps: tuple[in
 
 def save_step(folder: Path, settings: Settings, step: int, model: PreTrainedModel) -> Path:
     """Commit a checkpoint with weights, model config and reference logits."""
-    staging = checkpoint.staging_folder(folder, step)
     running = model.bfloat16() if settings.model.precision == "bf16" else model
     input_ids = torch.arange(16)[None] * 7 % VOCABULARY
     with torch.no_grad():
         logits = running(input_ids=input_ids).logits.float()
-    (staging / "engine").mkdir()
-    torch.save(
-        {"module": TrainingModule(running, None).state_dict()}, staging / "engine" / "mp_rank_00_model_states.pt"
-    )
-    running.config.save_pretrained(staging / "model_config")
-    save_file({"input_ids": input_ids, "logits": logits}, staging / "reference.safetensors")
-    return checkpoint.commit(
-        staging,
-        step=step,
-        tokens=step * SEQUENCE_LENGTH,
-        samples=step,
-        world_size=1,
-        settings=settings.model_dump(mode="json"),
-        versions={},
-        extra={},
-    )
+    saves = Saves(folder, background=False, keep_last=10**6)
+    saves.begin(saves.shared, step)
+    saves.take("engine/mp_rank_00_model_states.pt", {"module": TrainingModule(running, None).state_dict()})
+    saves.take("model_config/config.json", running.config.to_json_string().encode())
+    saves.take("reference.safetensors", safetensors.torch.save({"input_ids": input_ids, "logits": logits}))
+    description = Description(step, step * SEQUENCE_LENGTH, step, 1, settings=settings.model_dump(mode="json"))
+    saves.write(description)
+    saves.require_saved()
+    return checkpoint.step_folder(folder, step)
 
 
 def damage(path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from dispersion_pretrain.metrics import StepTotals
 from dispersion_pretrain.model import build_model, model_config
 from dispersion_pretrain.objective import StepContext, TrainingModule
 from dispersion_pretrain.optim import parameter_groups
+from dispersion_pretrain.saving import write_file
 from dispersion_pretrain.settings_file import parse_settings
 from dispersion_pretrain.train import train_step
 from spawn import run_ranks
@@ -36,6 +38,11 @@ RESETS = [
 ]  # fmt: skip
 # stage, accumulation, sharded teacher
 DISTILLATIONS = [(0, 1, False), (2, 2, False), (3, 1, False), (1, 2, True), (3, 2, True)]
+
+
+def into(folder: Path) -> Callable[[str, Any], object]:
+    """What writes the states that an engine hands out into a folder."""
+    return lambda name, state: write_file(folder / name, state)
 
 
 def settings_for(stage: int = 0, precision: str = "float32", tied: bool = True,
@@ -151,7 +158,7 @@ def resets_on_rank(cases: list[tuple[int, str, bool]], folder: str, device: torc
         for step in range(2):
             train(engine, step)
         place = Path(folder, "-".join(map(str, case)))
-        engine.save(place)
+        engine.save(into(place))
         before = look(engine)
         value = reset(engine)
         after = look(engine)

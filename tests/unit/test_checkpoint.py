@@ -1,4 +1,4 @@
-"""dispersion_pretrain.checkpoint in one process: commit, kill at every write, damage, resume, retain."""
+"""Checkpoints in one process: commit, kill at every write, damage, resume, retain."""
 
 from __future__ import annotations
 
@@ -16,20 +16,27 @@ from typing import Any
 import pytest
 import torch
 
-from dispersion_pretrain import checkpoint, distributed
+from dispersion_pretrain import checkpoint, distributed, retention
+from dispersion_pretrain.saving import Description, Saves
 
 COMMITTED_STEP = 100
 
 
 def save(run_folder: Path, step: int, content: bytes = b"weights") -> Path:
-    """Save a small checkpoint of three files in the way a training run does."""
-    staging = checkpoint.staging_folder(run_folder, step)
-    (staging / "engine").mkdir()
-    (staging / "engine" / "shard_0.pt").write_bytes(content * 50 + str(step).encode())
-    (staging / "engine" / "shard_1.pt").write_bytes(content[::-1] * 50 + str(step).encode())
-    checkpoint.save_rank_state(staging, {"random": distributed.random_state(), "data": {"epoch": 1, "step": step}})
-    return checkpoint.commit(
-        staging,
+    """Save a small checkpoint of three files in the way a training run does, and keep the others."""
+    saves = Saves(run_folder, keep_last=10**6)
+    saves.begin(saves.shared, step)
+    saves.take("engine/shard_0.pt", content * 50 + str(step).encode())
+    saves.take("engine/shard_1.pt", content[::-1] * 50 + str(step).encode())
+    saves.take_rank_state({"random": distributed.random_state(), "data": {"epoch": 1, "step": step}})
+    saves.write(description(step))
+    saves.finish()
+    saves.require_saved()
+    return checkpoint.step_folder(run_folder, step)
+
+
+def description(step: int) -> Description:
+    return Description(
         step=step,
         tokens=step * 10,
         samples=step * 2,
@@ -78,28 +85,6 @@ def test_what_a_killed_save_left_is_removed_by_the_next(tmp_path: Path) -> None:
         (folder / "half").write_bytes(b"x")
     save(tmp_path, 100)
     assert names(tmp_path) == ["step-00000100"]
-
-
-def test_a_failed_commit_leaves_the_older_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    save(tmp_path, 100)
-
-    def no_space(path: Path, flush: bool = False) -> str:
-        raise OSError(28, "No space left on device", str(path))
-
-    with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "_sha256", no_space)
-        with pytest.raises(RuntimeError, match="No space left on device"):
-            save(tmp_path, 200)
-    assert checkpoint.committed_steps(tmp_path) == [100]
-    assert checkpoint.verify(checkpoint.step_folder(tmp_path, 100)) == []
-    save(tmp_path, 200)
-    assert checkpoint.committed_steps(tmp_path) == [100, 200]
-
-
-def test_a_state_that_could_not_be_loaded_is_refused_at_the_save(tmp_path: Path) -> None:
-    staging = checkpoint.staging_folder(tmp_path, 1)
-    with pytest.raises(RuntimeError, match="rank_00000.pt: cannot save the state of this rank"):
-        checkpoint.save_rank_state(staging, {"generator": random.Random(1)})
 
 
 def test_everything_is_on_disk_before_the_folder_and_then_the_marker_appear(
@@ -220,7 +205,7 @@ def test_kill_at_every_write(tmp_path: Path, scenario: str, torn: bool) -> None:
 
     def act(run_folder: Path) -> None:
         if scenario == "retain":
-            checkpoint.retain(run_folder, keep_last=1)
+            retention.retain(run_folder, keep_last=1)
         else:
             save(run_folder, 200 if scenario == "next step" else 100, b"new")
 
@@ -417,14 +402,15 @@ def test_auto_starts_anew_when_the_very_first_save_was_killed(tmp_path: Path) ->
 def test_retain_keeps_the_last_and_the_protected(tmp_path: Path) -> None:
     for step in (100, 200, 300, 400, 500):
         save(tmp_path, step)
-    staging = checkpoint.staging_folder(tmp_path, 600)
-    removed = checkpoint.retain(tmp_path, keep_last=2, protected_steps={200}, verified_step=500)
+    staging = checkpoint.checkpoints_folder(tmp_path) / ".saving-step-00000600"
+    staging.mkdir()
+    removed = retention.retain(tmp_path, keep_last=2, protected_steps={200}, verified_step=500)
     assert sorted(path.name for path in removed) == ["step-00000100", "step-00000300"]
     assert checkpoint.committed_steps(tmp_path) == [200, 400, 500]
     assert staging.is_dir()
-    assert checkpoint.retain(tmp_path, keep_last=2, protected_steps={200}) == []
+    assert retention.retain(tmp_path, keep_last=2, protected_steps={200}) == []
     with pytest.raises(ValueError, match="keep_last: 0"):
-        checkpoint.retain(tmp_path, keep_last=0)
+        retention.retain(tmp_path, keep_last=0)
 
 
 def test_retain_never_removes_the_newest_good_one(tmp_path: Path) -> None:
@@ -433,7 +419,7 @@ def test_retain_never_removes_the_newest_good_one(tmp_path: Path) -> None:
     shard = checkpoint.step_folder(tmp_path, 400) / "engine" / "shard_0.pt"
     shard.write_bytes(bytes(reversed(shard.read_bytes())))  # the right size: found by reading only
     (checkpoint.step_folder(tmp_path, 300) / "engine" / "shard_0.pt").unlink()
-    checkpoint.retain(tmp_path, keep_last=1)
+    retention.retain(tmp_path, keep_last=1)
     info, _ = checkpoint.find_newest_good(tmp_path)
     assert info is not None and info.step == 200
     assert names(tmp_path) == ["step-00000200", "step-00000300", "step-00000400"]
@@ -443,5 +429,5 @@ def test_retain_removes_nothing_when_nothing_is_whole(tmp_path: Path) -> None:
     for step in (100, 200):
         shard = save(tmp_path, step) / "engine" / "shard_0.pt"
         shard.write_bytes(bytes(reversed(shard.read_bytes())))
-    assert checkpoint.retain(tmp_path, keep_last=1) == []
+    assert retention.retain(tmp_path, keep_last=1) == []
     assert checkpoint.committed_steps(tmp_path) == [100, 200]

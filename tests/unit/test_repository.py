@@ -44,6 +44,9 @@ ALLOWED: dict[str, set[str]] = {
     "corpora": {"config", "corpus", "data", "layout", "order"},
     "metrics": {"distributed"},
     "checkpoint": {"distributed"},
+    "retention": {"checkpoint"},
+    "host_copy": set(),
+    "saving": {"checkpoint", "distributed", "host_copy", "retention"},
     "engine": {"config", "layout", "optim"},
     "export": {"checkpoint", "config", "engine", "model", "settings_file"},
     "suites": {"corpus"},
@@ -53,12 +56,12 @@ ALLOWED: dict[str, set[str]] = {
         "objective", "optim",
     },
     "resume": {
-        "assembly", "checkpoint", "config", "distributed", "evaluate", "export", "metrics", "provenance",
+        "assembly", "checkpoint", "config", "distributed", "evaluate", "export", "metrics", "provenance", "saving",
         "settings_file",
     },
     "train": {
         "assembly", "baselines", "checkpoint", "condensation", "config", "data", "distributed", "engine", "evaluate",
-        "metrics", "model", "objective", "optim", "resume",
+        "metrics", "model", "objective", "optim", "resume", "saving",
     },
     "doctor": {
         "assembly", "config", "data", "distributed", "engine", "layout", "metrics", "model", "objective",

@@ -145,15 +145,15 @@ def local_tier(folder: Path | str, run_folder: Path, *, zero_stage: int) -> Tier
     return Tier(place, tuple(ranks), node)
 
 
-def load_rank_state(checkpoint: Path) -> dict[str, Any]:
-    """Return what this rank alone knew when the checkpoint was saved, tensors on the CPU.
+def load_rank_state(checkpoint: Path, rank: int | None = None) -> dict[str, Any]:
+    """Return what this rank alone (or another) knew when the checkpoint was saved, tensors on the CPU.
 
     Collective: world.
 
     Raises:
         RuntimeError: the checkpoint holds no readable state for some rank; raised on every rank.
     """
-    path = checkpoint / rank_file(distributed.rank())
+    path = checkpoint / rank_file(distributed.rank() if rank is None else rank)
     state: dict[str, Any] = {}
     with distributed.failing_together(f"{path}: cannot load the state of this rank"):
         state = torch.load(path, map_location="cpu", weights_only=True)

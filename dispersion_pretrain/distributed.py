@@ -236,9 +236,12 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def seed_dropout(seed: int) -> None:
-    """Give torch's generators (all devices) a stream of this rank's own, so that dropout differs by rank."""
-    torch.manual_seed(int(counter_hash(seed, rank()).item()))
+def seed_dropout(seed: int, step: int = 0) -> None:
+    """Give torch's generators (all devices) a stream of this rank's own, so that dropout differs by rank.
+
+    `step` is that from which the stream begins: it differs from those of other beginnings.
+    """
+    torch.manual_seed(int(counter_hash(seed, rank(), step).item()))
 
 
 def random_state() -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""DeepSpeed: the only file that knows it.
+"""DeepSpeed: the only file that imports it; reshard.py alone knows besides how it divides its state.
 
 `DeepSpeedEngine` is what the train step drives. Its DeepSpeed settings are derived from ours and never mirrored; keys
 that we do not name pass through `zero.overrides`.
@@ -17,10 +17,13 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
+from deepspeed.runtime.fp16.loss_scaler import LossScaler
 from deepspeed.runtime.zero import parameter_offload
+from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from deepspeed.utils import logger as deepspeed_logger
 from deepspeed.utils import safe_get_full_grad, safe_set_local_fp32_param, safe_set_local_optimizer_state
+from deepspeed.utils.tensor_fragment import fragment_address
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from torch import Tensor, nn
 from torch.nn import functional
@@ -28,9 +31,11 @@ from torch.nn import functional
 from dispersion_pretrain.config import Settings
 from dispersion_pretrain.layout import BatchLayout
 from dispersion_pretrain.optim import parameter_groups
+from dispersion_pretrain.reshard import load_resharded, unpartitioned_master
 
 VERSION = deepspeed.__version__
 _OLDEST_VERSION = (0, 19, 6)
+_SAVED_CLASSES = [ZeroStageEnum, fragment_address, LossScaler]  # all that DeepSpeed's files hold besides plain values
 _TAG = "engine"  # the folder of DeepSpeed's own files within a checkpoint
 _NOWHERE = "nowhere"  # the folder that DeepSpeed is told to save into
 
@@ -136,8 +141,15 @@ class DeepSpeedEngine:
     def __init__(self, module: nn.Module, settings: Settings, layout: BatchLayout) -> None:
         if settings.model.compile:
             module.get_submodule("model").compile()
+        optimizer = _optimizer(module, settings)
+        names = {parameter: name for name, parameter in module.named_parameters()}
+        self._names = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
+        self._options = [
+            {key: group[key] for key in ("betas", "eps", "weight_decay")} for group in optimizer.param_groups
+        ]
+        self._gradient_clipping = settings.optimizer.gradient_clipping
         self._engine, _, _, _ = deepspeed.initialize(
-            model=module, optimizer=_optimizer(module, settings), config=deepspeed_settings(settings, layout)
+            model=module, optimizer=optimizer, config=deepspeed_settings(settings, layout)
         )
         self.module: nn.Module = self._engine.module
         if self._engine.zero_nvme_offload_optimizer():
@@ -244,7 +256,7 @@ class DeepSpeedEngine:
                 for moment in _moments(base, flat):
                     moment.narrow(0, there.start, there.numel).zero_()
             return
-        master = self._unpartitioned_master(parameter)
+        master = unpartitioned_master(self._engine.optimizer, parameter)
         if master is not parameter:
             master.copy_(value)
         for moment in _moments(base, master):
@@ -261,17 +273,6 @@ class DeepSpeedEngine:
         with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
             parameter.copy_(value)
 
-    def _unpartitioned_master(self, parameter: nn.Parameter) -> Tensor:
-        """The float32 copy at stage 0; the parameter itself where it is float32."""
-        optimizer = self._engine.optimizer
-        for working, masters in zip(
-            getattr(optimizer, "fp16_groups", []), getattr(optimizer, "fp32_groups", []), strict=True
-        ):
-            for low, master in zip(working, masters, strict=True):
-                if low is parameter:
-                    return cast(Tensor, master)
-        return parameter
-
     def save(self, take: Callable[[str, Any], object], *, whole_model: bool | None = None) -> None:
         """Hand weights and optimizer state, each rank its part, to `take`: the name of a file and what it is to hold.
 
@@ -283,17 +284,30 @@ class DeepSpeedEngine:
         self._collector.take = take
         self._engine.save_checkpoint(_NOWHERE, tag=_TAG, save_latest=False)
 
-    def load(self, folder: Path) -> None:
-        """Load what `save` wrote, at the same world size and ZeRO stage.
+    def load(self, folder: Path, *, resharded: bool = False) -> None:
+        """Load what `save` wrote; the optimizer's options stay those of the settings at hand.
+
+        Args:
+            resharded: the number of ranks or the ZeRO settings are others than at the save.
 
         Raises:
-            RuntimeError: DeepSpeed found nothing to load.
+            RuntimeError: DeepSpeed found nothing to load, or not what this model needs.
         """
-        path, _ = self._engine.load_checkpoint(str(folder), tag=_TAG, load_lr_scheduler_states=False)
-        if path is None:
-            raise RuntimeError(
-                f"{folder}: DeepSpeed loaded nothing. A checkpoint of this run is needed. Choose another with --resume."
-            )
+        if resharded:
+            with torch.serialization.safe_globals(_SAVED_CLASSES):
+                load_resharded(self._engine, folder / _TAG, self._names)
+        else:
+            path, _ = self._engine.load_checkpoint(str(folder), tag=_TAG, load_lr_scheduler_states=False)
+            if path is None:
+                raise RuntimeError(
+                    f"{folder}: DeepSpeed loaded nothing. A checkpoint of this run is needed. Choose another with "
+                    "--resume."
+                )
+        # DeepSpeed restores them as well, and what was changed in the settings would be lost in silence.
+        for group, options in zip(self._engine.basic_optimizer.param_groups, self._options, strict=True):
+            group.update(options)
+        if hasattr(self._engine.optimizer, "clip_grad"):
+            self._engine.optimizer.clip_grad = self._gradient_clipping
 
 
 def _moments(optimizer: torch.optim.Optimizer, parameter: Tensor) -> list[Tensor]:

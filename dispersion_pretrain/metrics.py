@@ -66,6 +66,11 @@ class StepTotals:
             self._totals[key] = value
             self._counts[key] = count
 
+    def merge(self, other: StepTotals) -> None:
+        """Add the sums of another, which stays as it is."""
+        for key, total in other._totals.items():
+            self.add(key, total, other._counts[key])
+
     def reduce(self) -> dict[str, float]:
         """Return total / count of every name over all ranks and start from zero again; NaN for a count of 0.
 

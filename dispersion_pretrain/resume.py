@@ -14,6 +14,7 @@ import torch
 
 from dispersion_pretrain import checkpoint, distributed, metrics, provenance
 from dispersion_pretrain.assembly import RunParts
+from dispersion_pretrain.certificate import Certificate, changes_since
 from dispersion_pretrain.config import Settings
 from dispersion_pretrain.evaluate import pending_evaluations
 from dispersion_pretrain.export import MODEL_CONFIG_FOLDER, REFERENCE_FILE
@@ -30,7 +31,6 @@ _FIXED = (
     "model.pretrained",
     "model.precision",
     "training.global_batch_tokens",
-    "zero.stage",
     "noisy_embeddings.alpha",
     "active_forgetting.every_steps",
     "active_forgetting.last_phase",
@@ -63,7 +63,7 @@ def open_saves(settings: Settings) -> Saves:
     )
 
 
-def save_run(parts: RunParts, saves: Saves, tier: checkpoint.Tier, step: int) -> float:
+def save_run(parts: RunParts, certificate: Certificate, saves: Saves, tier: checkpoint.Tier, step: int) -> float:
     """Begin a checkpoint after `step` steps; return the seconds for which training stood still.
 
     It holds the engine's shards, each rank's random state, the model's config, and reference logits for the check of an
@@ -92,6 +92,7 @@ def save_run(parts: RunParts, saves: Saves, tier: checkpoint.Tier, step: int) ->
                 "git_commit": provenance.git_commit() if distributed.is_main() else None,
                 "data_order": parts.corpora.order.fingerprint(),
                 "teacher": parts.teacher.fingerprint if parts.teacher else None,
+                "certificate": certificate.promise(step, step * settings.global_batch_sequences),
             },
         )
     )
@@ -110,8 +111,11 @@ def _reference(parts: RunParts) -> dict[str, torch.Tensor]:
     return {"input_ids": input_ids, "logits": logits.float().cpu().contiguous()}
 
 
-def resume_run(parts: RunParts, resume: str, local: checkpoint.Tier | None = None) -> int:
-    """Load what `resume` names and return the number of steps done; 0 for a start.
+def resume_run(parts: RunParts, certificate: Certificate, resume: str, local: checkpoint.Tier | None = None) -> int:
+    """Load what `resume` names and return the number of steps done; 0 for a start. Prints what was changed since.
+
+    On another number of ranks or at another ZeRO stage the state is divided anew, and dropout draws from streams that
+    begin there.
 
     Args:
         resume: "auto", "none" or the folder of a checkpoint.
@@ -136,12 +140,23 @@ def resume_run(parts: RunParts, resume: str, local: checkpoint.Tier | None = Non
             _log.warning("skipped checkpoint %s", reason)
     if found is None:
         return 0
-    _refuse_other_run(parts, found)
-    parts.engine.load(found.path)
-    state = checkpoint.load_rank_state(found.path)
-    distributed.restore_random_state(state["random"])
+    reordered = _refuse_other_run(parts, found)
+    changes = changes_since(found, parts)
+    same_ranks = found.world_size == parts.layout.world_size
+    if distributed.is_main():
+        print(f"resume: step {found.step} of {found.path}", *changes, sep="\nresume: ", flush=True)
+        if not same_ranks:
+            print("resume: dropout streams begin anew, from seed, rank and step", flush=True)
+    parts.engine.load(found.path, resharded=any(change.what.startswith(("world size", "zero.")) for change in changes))
+    state = checkpoint.load_rank_state(found.path, None if same_ranks else 0)
+    if same_ranks:
+        distributed.restore_random_state(state["random"])
+    else:
+        distributed.seed_everything(settings.run.seed)
+        distributed.seed_dropout(settings.run.seed, found.step)
     if parts.gradient_cap is not None:
         parts.gradient_cap.bound = state.get("objective", {}).get("coefficient_bound", math.inf)
+    certificate.check_resumed(found, changes, reordered=reordered)
     return found.step
 
 
@@ -150,16 +165,18 @@ def _objective_state(parts: RunParts) -> dict[str, float]:
     return {} if parts.gradient_cap is None else {"coefficient_bound": parts.gradient_cap.bound}
 
 
-def _refuse_other_run(parts: RunParts, found: checkpoint.CheckpointInfo) -> None:
-    """Raise if the checkpoint and the settings at hand cannot give one trajectory. The same decision on every rank."""
+def _refuse_other_run(parts: RunParts, found: checkpoint.CheckpointInfo) -> bool:
+    """Raise if the checkpoint and the settings at hand cannot give one trajectory. The same decision on every rank.
+
+    Returns:
+        Whether the order of the data was changed, as the settings allow.
+    """
     saved = Settings.model_validate(found.manifest["settings"])
     differences = [
         f"{key} was {_value(saved, key)!r} and is {_value(parts.settings, key)!r}"
         for key in _FIXED
         if _value(saved, key) != _value(parts.settings, key)
     ]
-    if found.world_size != parts.layout.world_size:
-        differences.append(f"the number of ranks was {found.world_size} and is {parts.layout.world_size}")
     reordered = _order_changes(found.manifest["extra"]["data_order"], parts.corpora.order.fingerprint())
     if not parts.settings.data.allow_change:
         differences += reordered
@@ -177,6 +194,7 @@ def _refuse_other_run(parts: RunParts, found: checkpoint.CheckpointInfo) -> None
             "%s: %s. The data goes on in the new order, at sample %d.",
             found.path, "; ".join(reordered), found.step * parts.settings.global_batch_sequences,
         )  # fmt: skip
+    return bool(reordered)
 
 
 def _order_changes(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:

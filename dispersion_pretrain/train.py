@@ -16,6 +16,7 @@ from torch import Tensor
 from dispersion_pretrain import distributed, metrics
 from dispersion_pretrain.assembly import RunParts, assemble
 from dispersion_pretrain.baselines import count_resets
+from dispersion_pretrain.certificate import Certificate
 from dispersion_pretrain.condensation import CosineAccumulator
 from dispersion_pretrain.config import CondensationSettings, Settings, ValidationSettings
 from dispersion_pretrain.data import Batch
@@ -120,8 +121,8 @@ def run(settings: Settings, *, resume: str = "auto") -> int:
     device = start_distributed()
     stop = StopSignal()
     parts = assemble(settings, device)
-    saves = open_saves(settings)
-    step = resume_run(parts, resume, saves.local)
+    certificate, saves = Certificate(parts), open_saves(settings)
+    step = resume_run(parts, certificate, resume, saves.local)
     prepare_run_folder(parts, step)
     writer = metrics.MetricsWriter(
         settings.run_folder,
@@ -140,10 +141,12 @@ def run(settings: Settings, *, resume: str = "auto") -> int:
         parts.engine.set_learning_rate(parts.learning_rate(step))
         parts.forget_embeddings(step)
         context = parts.context(step)
+        certificate.begin_step()
         train_step(parts.engine, batches, context, parts.totals, device)
         if parts.gradient_cap is not None:
             parts.gradient_cap.end_step(context.coefficient)
         step += 1
+        certificate.end_step(step)  # of the first step after a save or a resume
         stopping = distributed.any_rank(stop.requested)
         ending = stopping or step == settings.num_steps
 
@@ -158,7 +161,8 @@ def run(settings: Settings, *, resume: str = "auto") -> int:
             measure(parts, writer, step, everything=step == settings.num_steps)
         if tier is not None:
             with meter.pause():
-                writer.write(step, parts.tokens(step), {"checkpoint_s": save_run(parts, saves, tier, step)})
+                stall_s = save_run(parts, certificate, saves, tier, step)
+                writer.write(step, parts.tokens(step), {"checkpoint_s": stall_s})
         if saving:
             last_save_step, last_save_time = step, time.monotonic()
         if ending:

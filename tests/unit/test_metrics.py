@@ -50,6 +50,17 @@ def test_totals_do_not_change_with_the_tensors_that_were_added() -> None:
     assert totals.reduce() == {"a": 1.0}
 
 
+def test_totals_take_in_others_and_leave_them_as_they_are() -> None:
+    totals, other = metrics.StepTotals(), metrics.StepTotals()
+    totals.add("a", torch.tensor(1.0))
+    other.add("a", torch.tensor(3.0))
+    other.add(["b", "c"], torch.tensor([4.0, 6.0]), 2)
+    totals.merge(other)
+    totals.add(["b", "c"], torch.tensor([2.0, 0.0]), 1)
+    assert totals.reduce() == {"a": 2.0, "b": 2.0, "c": 2.0}
+    assert other.reduce() == {"a": 3.0, "b": 2.0, "c": 3.0}
+
+
 def test_totals_count_tokens_beyond_float32() -> None:
     totals = metrics.StepTotals()
     totals.add("a", torch.tensor(2.0**24), 1)

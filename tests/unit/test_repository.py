@@ -47,7 +47,8 @@ ALLOWED: dict[str, set[str]] = {
     "retention": {"checkpoint"},
     "host_copy": set(),
     "saving": {"checkpoint", "distributed", "host_copy", "retention"},
-    "engine": {"config", "layout", "optim"},
+    "reshard": {"distributed"},
+    "engine": {"config", "layout", "optim", "reshard"},
     "export": {"checkpoint", "config", "engine", "model", "settings_file"},
     "suites": {"corpus"},
     "evaluate": {"checkpoint", "config", "corpus", "export", "provenance", "settings_file", "suites"},
@@ -55,13 +56,14 @@ ALLOWED: dict[str, set[str]] = {
         "baselines", "config", "corpora", "data", "dispersion", "distributed", "engine", "layout", "metrics", "model",
         "objective", "optim",
     },
+    "certificate": {"assembly", "checkpoint", "distributed", "metrics", "provenance"},
     "resume": {
-        "assembly", "checkpoint", "config", "distributed", "evaluate", "export", "metrics", "provenance", "saving",
-        "settings_file",
+        "assembly", "certificate", "checkpoint", "config", "distributed", "evaluate", "export", "metrics", "provenance",
+        "saving", "settings_file",
     },
     "train": {
-        "assembly", "baselines", "checkpoint", "condensation", "config", "data", "distributed", "engine", "evaluate",
-        "metrics", "model", "objective", "optim", "resume", "saving",
+        "assembly", "baselines", "certificate", "checkpoint", "condensation", "config", "data", "distributed", "engine",
+        "evaluate", "metrics", "model", "objective", "optim", "resume", "saving",
     },
     "doctor": {
         "assembly", "config", "data", "distributed", "engine", "layout", "metrics", "model", "objective",

@@ -16,10 +16,10 @@ from small_run import small_settings
 SAVED = {"data.shuffle": "windows", "run.seed": 0, "content of data.corpora[0] (index.json)": "ab"}
 
 
-def resume(tmp_path: Path, current: dict[str, Any], *, allow_change: bool = False, seed: int = 0) -> None:
+def resume(tmp_path: Path, current: dict[str, Any], *, allow_change: bool = False, seed: int = 0) -> bool:
     settings = small_settings(tmp_path)
     found = CheckpointInfo(
-        path=tmp_path, step=7, tokens=1, samples=1, world_size=1,
+        path=tmp_path, step=7, tokens=1, samples=1, world_size=3,  # another number of ranks is no other run
         manifest={"settings": settings.model_dump(mode="json"), "extra": {"data_order": SAVED}},
     )  # fmt: skip
     settings = settings.model_copy(
@@ -34,11 +34,11 @@ def resume(tmp_path: Path, current: dict[str, Any], *, allow_change: bool = Fals
         corpora=SimpleNamespace(order=SimpleNamespace(fingerprint=lambda: current)),
         teacher=None,
     )
-    _refuse_other_run(parts, found)
+    return _refuse_other_run(parts, found)
 
 
 def test_the_same_order_goes_on(tmp_path: Path) -> None:
-    resume(tmp_path, dict(SAVED))
+    assert not resume(tmp_path, dict(SAVED))
 
 
 @pytest.mark.parametrize(
@@ -55,7 +55,7 @@ def test_another_order_is_refused_by_name_unless_allowed(
     with pytest.raises(RuntimeError, match=message):
         resume(tmp_path, SAVED | change)
     with caplog.at_level(logging.WARNING):
-        resume(tmp_path, SAVED | change, allow_change=True)
+        assert resume(tmp_path, SAVED | change, allow_change=True)
     samples = 7 * small_settings(tmp_path).global_batch_sequences
     assert next(iter(change)) in caplog.text and f"goes on in the new order, at sample {samples}" in caplog.text
 

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dispersion_pretrain import heartbeat
 from dispersion_pretrain.pair_sums import (
     DispersionOptions,
     PairSum,
@@ -265,7 +266,8 @@ def _gather_tokens(embeddings: Tensor, group: dist.ProcessGroup) -> Tensor:
     own = embeddings.detach().contiguous()
     num_ranks = dist.get_world_size(group)
     gathered = own.new_empty((num_ranks * own.shape[0], *own.shape[1:]))
-    dist.all_gather_into_tensor(gathered, own, group=group)
+    with heartbeat.inside("the pool's all-gather"):
+        dist.all_gather_into_tensor(gathered, own, group=group)
     by_rank = gathered.view(num_ranks, *own.shape)
     return by_rank.transpose(0, 1).reshape(own.shape[0], num_ranks * own.shape[1], own.shape[2])
 

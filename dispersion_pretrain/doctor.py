@@ -188,7 +188,7 @@ def refuse_wrong_gradients(settings: Settings) -> None:
         ValueError: as `Plan.make`.
         RuntimeError: the gradient of a term is not the reference's; the same on every rank.
     """
-    device = start_distributed()
+    device = start_distributed(settings.faults.hang_s)
     plan = Plan.make(settings, distributed.world_size())
     proof = prove_gradients(settings, plan.layout, plan.hub_config, device)
     if proof.faults:

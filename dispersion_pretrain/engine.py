@@ -6,6 +6,7 @@ that we do not name pass through `zero.overrides`.
 
 from __future__ import annotations
 
+import datetime
 import logging
 import os
 import socket
@@ -26,8 +27,10 @@ from deepspeed.utils import safe_get_full_grad, safe_set_local_fp32_param, safe_
 from deepspeed.utils.tensor_fragment import fragment_address
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from torch import Tensor, nn
+from torch.distributed.constants import default_pg_timeout
 from torch.nn import functional
 
+from dispersion_pretrain import heartbeat
 from dispersion_pretrain.config import Settings
 from dispersion_pretrain.layout import BatchLayout
 from dispersion_pretrain.optim import parameter_groups
@@ -40,10 +43,14 @@ _TAG = "engine"  # the folder of DeepSpeed's own files within a checkpoint
 _NOWHERE = "nowhere"  # the folder that DeepSpeed is told to save into
 
 
-def start_distributed() -> torch.device:
+def start_distributed(hang_s: float | None = None) -> torch.device:
     """Join the process group that the launcher describes and pick this rank's device.
 
     Without a launcher (plain `python`) the world is this process. To be called before anything of streaming.
+
+    Args:
+        hang_s: faults.hang_s where a watchdog is on duty: collectives then wait longer than it does, so that it can say
+            who is where. None: for the library's half an hour.
 
     Collective: world.
 
@@ -70,7 +77,10 @@ def start_distributed() -> torch.device:
     # DeepSpeed would compile a shared-memory all-reduce at its first start on CPUs (a minute, and a kill meanwhile
     # leaves a lock that every later start waits for). Only its inference engine calls it.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(verbose=False)
+    patience = default_pg_timeout
+    if hang_s is not None:
+        patience = max(patience, datetime.timedelta(seconds=2 * heartbeat.LONG * hang_s))
+    deepspeed.init_distributed(verbose=False, timeout=patience)
     return device
 
 

@@ -136,7 +136,7 @@ class MetricsWriter:
         now = time.time()
         with self._surviving_a_full_disk():
             record = {"step": step, "tokens": tokens, "time": now, **values}
-            _append_line(self._run_folder / METRICS_FILE, record)
+            append_line(self._run_folder / METRICS_FILE, record)
             for name, value in values.items():
                 self._tensorboard.add_scalar(name, value, step, walltime=now)
             self._tensorboard.flush()
@@ -207,7 +207,7 @@ def append_start(run_folder: Path | str, record: Mapping[str, Any]) -> None:
         path = Path(run_folder) / STARTS_FILE
         path.parent.mkdir(parents=True, exist_ok=True)
         cut_torn_line(path)
-        _append_line(path, {"time": time.time(), **record})
+        append_line(path, {"time": time.time(), **record})
 
 
 def read_metrics(run_folder: Path | str) -> list[dict[str, Any]]:
@@ -234,7 +234,8 @@ def cut_torn_line(path: Path) -> None:
             file.truncate(whole)
 
 
-def _append_line(path: Path, record: Mapping[str, Any]) -> None:
+def append_line(path: Path, record: Mapping[str, Any]) -> None:
+    """Append a record as one line of JSON, whole or not at all. Raises OSError."""
     line = json.dumps(_finite(record), allow_nan=False) + "\n"
     content = line.encode()
     with open(path, "ab", buffering=0) as file:  # one system call a line: nothing waits in a buffer for a kill

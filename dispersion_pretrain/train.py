@@ -4,31 +4,31 @@ from __future__ import annotations
 
 import contextlib
 import math
-import signal
 import time
 from collections.abc import Iterator
-from types import FrameType
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from dispersion_pretrain import distributed, metrics
+from dispersion_pretrain import distributed, exit_codes, heartbeat, metrics
 from dispersion_pretrain.assembly import RunParts, assemble
 from dispersion_pretrain.baselines import count_resets
 from dispersion_pretrain.certificate import Certificate
 from dispersion_pretrain.condensation import CosineAccumulator
 from dispersion_pretrain.config import CondensationSettings, Settings, ValidationSettings
+from dispersion_pretrain.crash_loop import refuse_crash_loop
 from dispersion_pretrain.data import Batch
 from dispersion_pretrain.engine import start_distributed
 from dispersion_pretrain.evaluate import start_evaluation_job
 from dispersion_pretrain.objective import EvaluationOutputs, LossTerms, StepContext
 from dispersion_pretrain.resume import open_saves, prepare_run_folder, resume_run, save_run
 from dispersion_pretrain.saving import Saved, Saves
+from dispersion_pretrain.stopping import Stopping
+from dispersion_pretrain.watchdog import Watchdog
 
 _CONDENSATION_TOKENS = 512  # of each text, as in the paper; the cosine sums grow with the square
 _TERMS = ("cross-entropy", "distillation")  # whose sums a step must keep finite, besides each layer's dispersion
-REQUEUE_EXIT_CODE = 85  # "stopped by a signal, state saved: start me again"
 
 
 class TrainEngine(Protocol):
@@ -56,18 +56,25 @@ def train_step(
     """
     micro_steps = engine.gradient_accumulation_steps()
     sums = torch.zeros(len(_TERMS) + len(context.layers), device=device)
+    heartbeat.begin_step(context.step)
     for micro_step in range(micro_steps):
+        heartbeat.now.micro_step = micro_step
+        heartbeat.mark("reading data")
         batch = next(batches)
+        heartbeat.mark("forward pass")
         terms: LossTerms = engine(
             batch.input_ids.to(device, non_blocking=True), batch.sample_index.to(device, non_blocking=True), context
         )
+        heartbeat.mark("backward pass")
         engine.backward(terms.total)  # the engine divides by the accumulation count
         add_terms(totals, terms)
         sums[: len(_TERMS)] += torch.stack([terms.cross_entropy, terms.distillation])
         if terms.layer_dispersion.numel():
             sums[len(_TERMS) :] += terms.layer_dispersion
         if micro_step == micro_steps - 1:
+            heartbeat.mark("check for numbers that are not finite")
             refuse_non_finite(sums, context)
+            heartbeat.mark("update")
         engine.step()
 
 
@@ -103,27 +110,34 @@ def refuse_non_finite(sums: Tensor, context: StepContext) -> None:
         )
 
 
-def run(settings: Settings, *, resume: str = "auto") -> int:
+def run(settings: Settings, watchdog: Watchdog, *, resume: str = "auto") -> int:
     """Train from the newest good checkpoint (or as `resume` says) to the last step.
 
     Args:
         resume: "auto", "none" (step 0; refused where the run has checkpoints) or the folder of a checkpoint.
 
     Returns:
-        Exit code: 0 at the end of the run, `REQUEUE_EXIT_CODE` when a signal stopped it with its state saved.
+        `exit_codes.DONE` at the end of the run, `REQUEUE` when a signal or the time limit stopped it, state saved.
 
     Collective: world.
 
     Raises:
         ValueError: settings, corpus and model do not fit together.
         RuntimeError: a damaged checkpoint or corpus, a resume that cannot be exact, a loss that is not finite.
+        CrashLoopError: the last two starts failed at one step.
     """
-    device = start_distributed()
-    stop = StopSignal()
+    heartbeat.mark("joining the other ranks", heartbeat.LONG)
+    device = start_distributed(settings.faults.hang_s)
+    stop = Stopping(settings.run.max_time, leave_at_once=watchdog.leave_at_once)
+    refuse_crash_loop(settings, resume=resume)
+    heartbeat.mark("assembling the run", heartbeat.LONG)
     parts = assemble(settings, device)
     certificate, saves = Certificate(parts), open_saves(settings)
+    stop.expect_save(parts.size.parameters, parts.layout.world_size)
+    heartbeat.mark("loading a checkpoint", heartbeat.LONG)
     step = resume_run(parts, certificate, resume, saves.local)
     prepare_run_folder(parts, step)
+    watchdog.publish(settings.run_folder, step)
     writer = metrics.MetricsWriter(
         settings.run_folder,
         max_tokens=parts.tokens(settings.num_steps),
@@ -147,11 +161,13 @@ def run(settings: Settings, *, resume: str = "auto") -> int:
             parts.gradient_cap.end_step(context.coefficient)
         step += 1
         certificate.end_step(step)  # of the first step after a save or a resume
-        stopping = distributed.any_rank(stop.requested)
+        heartbeat.mark("agreement on stopping")
+        stopping = distributed.any_rank(stop.requested())
         ending = stopping or step == settings.num_steps
 
         logging = ending or step % settings.logging.every_steps == 0
         saving = step > last_save_step and (ending or save_due(settings, step, last_save_time))
+        heartbeat.mark("logging")
         if logging:
             log(parts, writer, step, context.coefficient, meter.values(step, parts, batches.wait_s))
         tier = saves.shared if saving else saves.local if local_save_due(settings, step) else None
@@ -160,26 +176,31 @@ def run(settings: Settings, *, resume: str = "auto") -> int:
         with meter.pause():
             measure(parts, writer, step, everything=step == settings.num_steps)
         if tier is not None:
+            heartbeat.mark("saving a checkpoint", heartbeat.LONG)
             with meter.pause():
                 stall_s = save_run(parts, certificate, saves, tier, step)
+                stop.saved(stall_s)
                 writer.write(step, parts.tokens(step), {"checkpoint_s": stall_s})
         if saving:
             last_save_step, last_save_time = step, time.monotonic()
         if ending:
+            heartbeat.mark("waiting for the save to be committed", heartbeat.LONG)
             saves.finish()
         for saved in saves.poll():
+            stop.saved(saved.write_s)
             report_save(parts, writer, saves, saved)
         if stopping:
             break
 
+    heartbeat.mark("ending")
     batches.close()
     writer.close()
     saves.require_saved()
     if step == settings.num_steps:
-        return 0
+        return exit_codes.DONE
     if distributed.is_main():
-        print(f"stopped by {stop.name} at step {step}, state saved; the same command goes on from there", flush=True)
-    return REQUEUE_EXIT_CODE
+        print(f"stopped by {stop.reason}: step {step}, state saved; the same command goes on from there", flush=True)
+    return exit_codes.REQUEUE
 
 
 def log(parts: RunParts, writer: metrics.MetricsWriter, step: int, coefficient: float, speed: dict[str, float]) -> None:
@@ -238,6 +259,7 @@ def measure(parts: RunParts, writer: metrics.MetricsWriter, step: int, *, everyt
     accumulator: CosineAccumulator | None = None
     num_sequences = max(validation.sequences if validation else 0, condensation.num_texts if condensation else 0)
     for batch in parts.validation_batches(num_sequences):
+        heartbeat.mark("validation")
         with torch.no_grad():
             outputs: EvaluationOutputs = parts.engine(batch.input_ids.to(parts.device))
         if validation is not None:
@@ -333,23 +355,3 @@ class ThroughputMeter:
             values["mfu"] = tokens_per_s * parts.flops_per_token / (parts.peak_flops * distributed.world_size())
         self._start(step, now, waited_s)
         return values
-
-
-class StopSignal:
-    """Notes SIGTERM, SIGINT and SIGUSR1 (Slurm's warning); the loop looks at it between steps.
-
-    The same signal a second time ends the process at once. Another kind does not: a cancelled Slurm job gets two.
-    """
-
-    def __init__(self) -> None:
-        self.requested, self.name = False, "a signal to another rank"
-        self._seen: set[int] = set()
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            signal.signal(number, self._note)
-
-    def _note(self, number: int, _: FrameType | None) -> None:
-        if number in self._seen:
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(signal.Signals(number))
-        self._seen.add(number)
-        self.requested, self.name = True, signal.Signals(number).name

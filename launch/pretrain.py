@@ -1,17 +1,22 @@
 """The main job: `deepspeed launch/pretrain.py --config configs/demo.yaml [section.key=value ...]`.
 
 The same command again goes on from the newest good checkpoint. torchrun starts the same script.
+Exit codes: dispersion_pretrain/exit_codes.py.
 """
 
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import logging
 import os
 import sys
+import traceback
 import warnings
 from pathlib import Path
 
+from dispersion_pretrain import exit_codes
+from dispersion_pretrain.config import Settings
 from dispersion_pretrain.settings_file import dump_settings, load_settings
 
 
@@ -62,23 +67,48 @@ def main() -> int:
             if is_first:
                 print(plan.describe(settings))
             return 0
-        from dispersion_pretrain.doctor import refuse_wrong_gradients
-        from dispersion_pretrain.train import run
+    except (ValueError, RuntimeError) as error:
+        tell(error)
+        return exit_codes.FAILED
+    return train(settings, arguments.resume)
 
+
+def train(settings: Settings, resume: str) -> int:
+    """Run to the end of training or of this start, watched; return the exit code."""
+    from dispersion_pretrain.crash_loop import CrashLoopError
+    from dispersion_pretrain.doctor import refuse_wrong_gradients
+    from dispersion_pretrain.train import run
+    from dispersion_pretrain.watchdog import Watchdog
+
+    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    watchdog = Watchdog(settings.faults.hang_s, rank=rank, world_size=world_size)
+    code, reason = exit_codes.FAILED, ""
+    try:
         if settings.run.doctor:
             refuse_wrong_gradients(settings)
-        return run(settings, resume=arguments.resume)
-    except (ValueError, RuntimeError) as error:
-        from dispersion_pretrain.distributed import is_own_error
+        code = run(settings, watchdog, resume=resume)
+    except BaseException as error:  # also what no one expects: the ranks that are left must learn of the end
+        tell(error)
+        reason = f"{type(error).__name__}: {str(error)[:500]}"
+        if isinstance(error, CrashLoopError):
+            code = exit_codes.CRASH_LOOP
+    watchdog.end(code, reason)
+    return code
 
-        if not is_own_error(error):
-            raise
-        rank = os.environ.get("RANK", "0")
-        print(f"error (rank {rank}): {error}" if not is_first else f"error: {error}", file=sys.stderr, flush=True)
-        return 1
+
+def tell(error: BaseException) -> None:
+    """Print an error of this package as its message, any other with its traceback."""
+    from dispersion_pretrain.distributed import is_own_error
+
+    if not (isinstance(error, ValueError | RuntimeError) and is_own_error(error)):
+        traceback.print_exception(error)
+        return
+    rank = os.environ.get("RANK", "0")
+    print(f"error: {error}" if rank == "0" else f"error (rank {rank}): {error}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":
+    faulthandler.enable()
     # No destructors: after an error on one rank they would wait for collectives that the others never enter.
     code = main()
     sys.stdout.flush()

@@ -25,11 +25,11 @@ from typing import Any
 
 import jinja2
 
+from dispersion_pretrain import exit_codes
 from dispersion_pretrain.config import Settings
 from dispersion_pretrain.layout import BatchLayout
 from dispersion_pretrain.settings_file import dump_settings, load_settings
 
-REQUEUE_EXIT_CODE = 85  # launch/pretrain.py leaves with it after it was told to stop and has saved its state
 CRASH_WAIT_S = 300  # between the first rank that ends and the end of all; covers the slowest ordinary end
 _TEMPLATE = Path(__file__).resolve().with_name("slurm_job.sh.jinja")
 _PRETRAIN = Path(__file__).resolve().with_name("pretrain.py")
@@ -129,7 +129,8 @@ def render_script(
         run_folder=run_folder,
         working_folder=working_folder,
         executables_folder=Path(python).parent,
-        requeue_exit_code=REQUEUE_EXIT_CODE,
+        requeue_exit_code=exit_codes.REQUEUE,
+        hang_exit_code=exit_codes.HANG,
         max_requeues=cluster.max_requeues,
         world_size=cluster.world_size,
         ranks_per_node=cluster.ranks_per_node,

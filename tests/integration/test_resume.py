@@ -79,6 +79,16 @@ def test_sigterm_saves_and_asks_to_be_started_again(corpus: Path, tmp_path: Path
     assert counts == list(range(1, 13)), "no step was lost and none done twice"
 
 
+@pytest.mark.timeout(400)
+def test_time_limit_saves_and_the_resume_is_exact(undisturbed: Path, corpus: Path, tmp_path: Path) -> None:
+    config, run = write_config(tmp_path, corpus), tmp_path / "run"
+    output = finish(pretrain_command(config, "run.max_time=0:00:01"), tmp_path / "log", expected=85)
+    assert "stopped by run.max_time: " in output and "step 1, state saved" in output
+    assert (run / "checkpoints" / "step-00000001" / "COMMITTED").exists()
+    finish(pretrain_command(config), tmp_path / "log")
+    assert trajectory(run) == trajectory(undisturbed)
+
+
 def test_resume_of_another_run_is_refused(undisturbed: Path, corpus: Path, tmp_path: Path) -> None:
     config = write_config(tmp_path, corpus)
     other = [f"run.folder={undisturbed}", "run.seed=4"]

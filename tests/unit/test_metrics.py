@@ -168,7 +168,7 @@ def test_a_full_disk_does_not_stop_the_run(
 
     with open_writer(tmp_path) as writer:
         with monkeypatch.context() as patch:
-            patch.setattr(metrics, "_append_line", no_space)
+            patch.setattr(metrics, "append_line", no_space)
             writer.write(1, 100, TRAINING)
             writer.write(2, 200, TRAINING)
         writer.write(3, 300, TRAINING)

@@ -22,12 +22,17 @@ PACKAGE = "dispersion_pretrain"
 
 # What each module of the package may import from it, in an order in which arrows point up only.
 ALLOWED: dict[str, set[str]] = {
+    "exit_codes": set(),
+    "heartbeat": set(),
+    "hang_report": {"heartbeat"},
+    "watchdog": {"exit_codes", "hang_report", "heartbeat"},
+    "stopping": {"exit_codes"},
     "config": set(),
     "settings_file": {"config"},
     "layout": {"config"},
     "angular_kernel": set(),
-    "pair_sums": {"angular_kernel"},
-    "dispersion": {"pair_sums"},
+    "pair_sums": {"angular_kernel", "heartbeat"},
+    "dispersion": {"heartbeat", "pair_sums"},
     "distributed": set(),
     "provenance": set(),
     "condensation": {"distributed"},
@@ -48,7 +53,8 @@ ALLOWED: dict[str, set[str]] = {
     "host_copy": set(),
     "saving": {"checkpoint", "distributed", "host_copy", "retention"},
     "reshard": {"distributed"},
-    "engine": {"config", "layout", "optim", "reshard"},
+    "crash_loop": {"config", "distributed", "exit_codes", "heartbeat", "metrics", "provenance", "settings_file"},
+    "engine": {"config", "heartbeat", "layout", "optim", "reshard"},
     "export": {"checkpoint", "config", "engine", "model", "settings_file"},
     "suites": {"corpus"},
     "evaluate": {"checkpoint", "config", "corpus", "export", "provenance", "settings_file", "suites"},
@@ -62,8 +68,9 @@ ALLOWED: dict[str, set[str]] = {
         "saving", "settings_file",
     },
     "train": {
-        "assembly", "baselines", "certificate", "checkpoint", "condensation", "config", "data", "distributed", "engine",
-        "evaluate", "metrics", "model", "objective", "optim", "resume", "saving",
+        "assembly", "baselines", "certificate", "checkpoint", "condensation", "config", "crash_loop", "data",
+        "distributed", "engine", "evaluate", "exit_codes", "heartbeat", "metrics", "model", "objective", "optim",
+        "resume", "saving", "stopping", "watchdog",
     },
     "doctor": {
         "assembly", "config", "data", "distributed", "engine", "layout", "metrics", "model", "objective",

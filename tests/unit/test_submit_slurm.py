@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -164,7 +165,16 @@ def test_script_clears_the_locks_of_killed_builds_and_keeps_what_was_built(tmp_p
 
 @pytest.mark.parametrize(
     ("exit_code", "restarts", "requeued"),
-    [(0, None, False), (1, None, False), (85, None, True), (85, "4", True), (85, "5", False)],
+    [
+        (0, None, False),
+        (1, None, False),
+        (87, None, False),
+        (85, None, True),
+        (85, "4", True),
+        (85, "5", False),
+        (86, None, True),
+        (86, "5", False),
+    ],  # fmt: skip
 )
 def test_only_ranks_that_ask_are_requeued_and_not_for_ever(
     tmp_path: Path, exit_code: int, restarts: str | None, requeued: bool
@@ -175,12 +185,20 @@ def test_only_ranks_that_ask_are_requeued_and_not_for_ever(
     assert job.requeues == (["requeue 12345"] if requeued else [])
 
 
-def test_requeue_exit_code_is_that_of_the_training_loop() -> None:
-    # Read and not imported: on a login node, submit_slurm.py does without the training's libraries.
-    source = (Path(submit_slurm.__file__).parent.parent / "dispersion_pretrain" / "train.py").read_text(
-        encoding="utf-8"
-    )
-    assert f"\nREQUEUE_EXIT_CODE = {submit_slurm.REQUEUE_EXIT_CODE} " in source
+@pytest.mark.parametrize(
+    ("srun_exit_code", "ending", "expected"),
+    [(137, {"exit_code": 86}, 86), (137, {"exit_code": 1}, 137), (137, None, 137), (0, {"exit_code": 86}, 0)],
+)
+def test_kill_of_a_rank_that_hangs_counts_as_a_hang(
+    tmp_path: Path, srun_exit_code: int, ending: dict[str, int] | None, expected: int
+) -> None:
+    job = Job(tmp_path)
+    if ending is not None:
+        (tmp_path / "run" / "heartbeats").mkdir(parents=True)
+        (tmp_path / "run" / "heartbeats" / "ending.json").write_text(json.dumps({"reason": "r", **ending}))
+    code, output = job.run(srun_exit_code)
+    assert code == expected, output
+    assert job.requeues == (["requeue 12345"] if expected == 86 else [])
 
 
 @pytest.mark.parametrize(

@@ -92,7 +92,7 @@ def load(name: str) -> PreTrainedTokenizerFast:
         tokenizer = load_gguf(Path(name), f"--tokenizer {name}")
     else:
         try:
-            tokenizer = AutoTokenizer.from_pretrained(name)
+            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         except Exception as error:  # whatever transformers and tokenizers raise on a strange file
             reason = " ".join(str(error).split())[:200]
             raise InputError(

@@ -26,6 +26,7 @@ from dispersion_pretrain.corpora import Corpora, CorporaPlan
 from dispersion_pretrain.data import Batch, BatchStream
 from dispersion_pretrain.dispersion import checked_variant
 from dispersion_pretrain.engine import DeepSpeedEngine, sharded_for_inference
+from dispersion_pretrain.faults import FaultWatch
 from dispersion_pretrain.layout import BatchLayout
 from dispersion_pretrain.model import ModelSize, build_model, model_config, model_size
 from dispersion_pretrain.objective import DispersionTerm, GradientRatioCap, StepContext, TrainingModule, options_of
@@ -45,6 +46,7 @@ class RunParts:
     engine: DeepSpeedEngine
     gradient_cap: GradientRatioCap | None  # of the dispersion term
     teacher: TeacherPlan | None  # of distillation
+    faults: FaultWatch
     totals: metrics.StepTotals = field(default_factory=metrics.StepTotals)
 
     def tokens(self, step: int) -> int:
@@ -100,10 +102,11 @@ class RunParts:
         deviation = initial_deviation(self.hub_config)
         value = fresh_embeddings(embedding, standard_deviation=deviation, seed=settings.run.seed, step=step)
         self.engine.reset_parameter(embedding.weight, value)
+        self.faults.expect_jump()
 
     def batches(self, first_step: int) -> BatchStream:
-        """This rank's micro-batches from a step on; read ahead in the background."""
-        return self.corpora.batches(self.layout, distributed.rank(), first_step)
+        """This rank's micro-batches from a step on, behind what was passed over; read ahead in the background."""
+        return self.corpora.batches(self.layout, distributed.rank(), first_step + self.faults.data_offset_steps)
 
     def validation_batches(self, num_sequences: int) -> Iterator[Batch]:
         """This rank's share of the first validation sequences; the same number of batches on every rank."""
@@ -297,6 +300,7 @@ def assemble(settings: Settings, device: torch.device) -> RunParts:
         engine=engine,
         gradient_cap=term.cap if term is not None else None,
         teacher=plan.teacher,
+        faults=FaultWatch(settings.faults, settings.global_batch_sequences),
     )
 
 

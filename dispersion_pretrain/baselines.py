@@ -24,7 +24,7 @@ from dispersion_pretrain.config import (
     Settings,
 )
 from dispersion_pretrain.distributed import counter_hash
-from dispersion_pretrain.model import VOCABULARY_PADDING
+from dispersion_pretrain.model import VOCABULARY_PADDING, refuse_own_code
 
 # Counters of what is drawn, so that no two uses of (seed, step) ever share a stream.
 _NOISE = int.from_bytes(b"noise", "big")
@@ -233,10 +233,11 @@ def plan_teacher(
     """
     name = section.teacher
     try:
-        config = AutoConfig.from_pretrained(name)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         with torch.device("meta"):
             parameters = AutoModelForCausalLM.from_config(config).num_parameters()
     except (OSError, ValueError) as error:
+        refuse_own_code(f"distillation.teacher: {name!r}", error)
         raise ValueError(
             f"distillation.teacher: {name!r} cannot be loaded ({str(error).splitlines()[0][:300]}). A local Hugging "
             "Face folder of a causal language model, such as launch/export_hf.py writes, or a name where the hub can "
@@ -307,7 +308,7 @@ def _tokens_by_number(place: str) -> dict[int, str] | None:
     if is_folder and not any(Path(place, name).exists() for name in _TOKENIZER_FILES):
         return None  # some versions of transformers would make an empty one from the model's type
     try:
-        vocabulary = AutoTokenizer.from_pretrained(place).get_vocab()
+        vocabulary = AutoTokenizer.from_pretrained(place, trust_remote_code=False).get_vocab()
     except Exception as error:  # transformers raises whatever a missing file leads to
         if not is_folder and isinstance(error, OSError | ValueError):
             return None
@@ -330,7 +331,7 @@ def load_teacher(settings: Settings, config: PretrainedConfig) -> nn.Module:
     dtype = torch.bfloat16 if (section.precision or settings.model.precision) == "bf16" else torch.float32
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            section.teacher, config=config, dtype=dtype, output_loading_info=True
+            section.teacher, config=config, dtype=dtype, trust_remote_code=False, output_loading_info=True
         )
     except (OSError, ValueError) as error:
         raise ValueError(

@@ -336,8 +336,8 @@ class FaultSettings(_Section):
         description="a step with a loss or gradient that is not finite: end the run; make no update and go on; "
         "or go back to the last checkpoint and pass over the samples since",
     )
-    max_skips: int = Field(3, ge=1, description="of skip: so many in a row end the run")
-    max_rollbacks: int = Field(3, ge=1, description="so many within one run end it")
+    max_skips: int = Field(3, ge=1, description="of skip: more than so many in a row end the run")
+    max_rollbacks: int = Field(3, ge=1, description="more than so many within one run end it")
     spike: Literal["off", "warn", "rollback"] = Field("warn", description="what a sudden rise of the loss does")
     spike_score: float = Field(
         8.0, gt=0, description="a rise is sudden if it is so many robust standard deviations above the window's median"

@@ -244,7 +244,12 @@ def through_engine(tiny: Settings, layout: BatchLayout, device: torch.device) ->
     watched = GradientWatch(engine)
     found = {}
     for term, context in contexts(tiny, layout).items():
-        train_step(watched, own_batches(tiny, layout), context, StepTotals(), device)
+        health = train_step(watched, own_batches(tiny, layout), context, StepTotals(), device)
+        if health.broken:
+            raise RuntimeError(
+                f"doctor: {term}: {health.broken}. Finite numbers at random weights are needed. Correct the term, or "
+                "start all the same with run.doctor=false."
+            )
         found[term] = watched.gradients
     engine.close()
     return found
@@ -271,9 +276,21 @@ class GradientWatch:
             self.gradients = self.engine.full_gradients()
         self.engine.step()
 
+    def skip_step(self) -> None:
+        """End a step without an update."""
+        self.engine.skip_step()
+
     def gradient_accumulation_steps(self) -> int:
         """Micro-steps of a step."""
         return self.engine.gradient_accumulation_steps()
+
+    def gradient_square(self) -> Tensor:
+        """This rank's part of the square of the gradient norm."""
+        return self.engine.gradient_square()
+
+    def non_finite_gradients(self) -> list[str]:
+        """Names of parameters. Collective: the engine's."""
+        return self.engine.non_finite_gradients()
 
 
 def contexts(tiny: Settings, layout: BatchLayout) -> dict[str, StepContext]:

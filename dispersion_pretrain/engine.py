@@ -7,10 +7,13 @@ that we do not name pass through `zero.overrides`.
 from __future__ import annotations
 
 import datetime
+import functools
 import logging
 import os
+import pickle
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -30,7 +33,7 @@ from torch import Tensor, nn
 from torch.distributed.constants import default_pg_timeout
 from torch.nn import functional
 
-from dispersion_pretrain import heartbeat
+from dispersion_pretrain import heartbeat, zero_gradients
 from dispersion_pretrain.config import Settings
 from dispersion_pretrain.layout import BatchLayout
 from dispersion_pretrain.optim import parameter_groups
@@ -100,7 +103,7 @@ def deepspeed_settings(settings: Settings, layout: BatchLayout) -> dict[str, Any
         "zero_optimization": zero,
     }
     if settings.model.precision == "bf16":
-        # An overflowing step would be skipped in silence; the train step stops on non-finite numbers itself.
+        # An overflowing step would be skipped in silence; the train step looks for non-finite numbers itself.
         derived["bf16"] = {"enabled": True, "check_grad_overflow": False}
     return _overridden(derived, settings.zero.overrides)
 
@@ -183,11 +186,41 @@ class DeepSpeedEngine:
         self._engine.backward(loss)
 
     def step(self) -> None:
-        """End a micro-step; the last one of the accumulation clips and updates."""
-        if not self._records_norm and self.ends_step():
-            gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
-            self._own_norm = torch.nn.utils.get_total_norm(gradients)
+        """End a micro-step; the last one of the accumulation clips and updates.
+
+        Raises:
+            RuntimeError: DeepSpeed made no update, by a check of its own; on every rank.
+        """
+        ends = self.ends_step()
         self._engine.step()
+        if ends and not self._engine.was_step_applied():
+            raise RuntimeError(
+                "engine: DeepSpeed left an update out, in silence. The train step decides that, before it. Remove "
+                "what zero.overrides sets of overflow checks."
+            )
+
+    def skip_step(self) -> None:
+        """End the last micro-step of the accumulation without an update, and drop the gradients.
+
+        Weights, masters, moments and Adam's count of steps keep every bit. No collective.
+        """
+        optimizer: Any = self._engine.optimizer
+        optimizer.step = lambda: zero_gradients.drop(optimizer)  # DeepSpeed's own counters go on as with an update
+        try:
+            self._engine.step()
+        finally:
+            del optimizer.step
+
+    def gradient_square(self) -> Tensor:
+        """This rank's part of the square of the gradient norm before clipping: float64 scalar, summed over ranks whole.
+
+        To be called between the last backward pass of a step and its end, once. No collective.
+        """
+        parameters = self.module.parameters()
+        own = zero_gradients.square_of_own(self._engine.optimizer, parameters, self._engine.dp_world_size)
+        if not self._records_norm:
+            self._own_norm = (own * self._engine.dp_world_size).sqrt()
+        return own
 
     def gradient_accumulation_steps(self) -> int:
         return int(self._engine.gradient_accumulation_steps())
@@ -212,10 +245,42 @@ class DeepSpeedEngine:
             )
         return gradients
 
+    def non_finite_gradients(self) -> list[str]:
+        """Names of the parameters whose gradient is not finite, at the time of `full_gradients`.
+
+        One whole gradient after another is in memory.
+        """
+        found = []
+        for name, parameter in self.module.named_parameters():
+            gradient = safe_get_full_grad(parameter)
+            if gradient is not None and not bool(torch.isfinite(gradient).all()):
+                found.append(name)
+        return found
+
     def gradient_norm(self) -> float:
         """Global gradient norm of the last update, before clipping."""
         norm = self._engine.get_global_grad_norm() if self._records_norm else self._own_norm
         return float("nan") if norm is None else float(norm)
+
+    def replicated_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """What every rank should hold with the same bits, by name.
+
+        Working weights and buffers; at stage 0 masters and moments as well; at stage 3 of the weights only those that
+        ZeRO leaves whole. No collective.
+        """
+        base = self._engine.basic_optimizer
+        parameter: Any
+        for name, parameter in self.module.named_parameters():
+            if hasattr(parameter, "ds_id"):
+                if parameter.ds_persist and parameter.numel() == parameter.ds_numel:
+                    yield name, parameter
+                continue
+            yield name, parameter
+            if not hasattr(parameter, "_hp_mapping"):
+                master = unpartitioned_master(self._engine.optimizer, parameter)
+                yield f"the master of {name}", master
+                yield from ((f"a moment of {name}", moment) for moment in _moments(base, master))
+        yield from self.module.named_buffers()
 
     def set_learning_rate(self, value: float) -> None:
         for group in self._engine.optimizer.param_groups:
@@ -301,23 +366,51 @@ class DeepSpeedEngine:
             resharded: the number of ranks or the ZeRO settings are others than at the save.
 
         Raises:
-            RuntimeError: DeepSpeed found nothing to load, or not what this model needs.
+            RuntimeError: DeepSpeed found nothing to load, or not what this model needs, or a file holds more than
+                tensors and plain values.
         """
-        if resharded:
-            with torch.serialization.safe_globals(_SAVED_CLASSES):
+        with _running_no_code(folder):
+            if resharded:
                 load_resharded(self._engine, folder / _TAG, self._names)
-        else:
-            path, _ = self._engine.load_checkpoint(str(folder), tag=_TAG, load_lr_scheduler_states=False)
-            if path is None:
-                raise RuntimeError(
-                    f"{folder}: DeepSpeed loaded nothing. A checkpoint of this run is needed. Choose another with "
-                    "--resume."
-                )
+            else:
+                path, _ = self._engine.load_checkpoint(str(folder), tag=_TAG, load_lr_scheduler_states=False)
+                if path is None:
+                    raise RuntimeError(
+                        f"{folder}: DeepSpeed loaded nothing. A checkpoint of this run is needed. Choose another with "
+                        "--resume."
+                    )
         # DeepSpeed restores them as well, and what was changed in the settings would be lost in silence.
         for group, options in zip(self._engine.basic_optimizer.param_groups, self._options, strict=True):
             group.update(options)
         if hasattr(self._engine.optimizer, "clip_grad"):
             self._engine.optimizer.clip_grad = self._gradient_clipping
+
+
+@contextmanager
+def _running_no_code(place: Path) -> Iterator[None]:
+    """Let DeepSpeed's reading of checkpoints build nothing but tensors, plain values and three classes of its own.
+
+    Its files are pickles, which it reads with weights_only=False: whoever can write one could have code run.
+
+    Raises:
+        RuntimeError: a file holds something else.
+    """
+
+    @functools.wraps(torch.load)
+    def load(*arguments: Any, **options: Any) -> Any:
+        return original(*arguments, **{**options, "weights_only": True})
+
+    original, torch.load = torch.load, load
+    try:
+        with torch.serialization.safe_globals(_SAVED_CLASSES):
+            yield
+    except pickle.UnpicklingError as error:
+        raise RuntimeError(
+            f"{place}: a file holds more than tensors and plain values ({str(error).splitlines()[0][:300]}). What "
+            "would run code is never loaded. Take a checkpoint that this program wrote."
+        ) from None
+    finally:
+        torch.load = original
 
 
 def _moments(optimizer: torch.optim.Optimizer, parameter: Tensor) -> list[Tensor]:
@@ -355,6 +448,8 @@ def consolidated_state_dict(checkpoint: Path, zero_stage: int) -> dict[str, Tens
     Runs in one process; takes host memory for the whole model.
     """
     if zero_stage == 0:
-        states = torch.load(checkpoint / _TAG / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)
+        with _running_no_code(checkpoint):
+            states = torch.load(checkpoint / _TAG / "mp_rank_00_model_states.pt", map_location="cpu")
         return {name: tensor.float() for name, tensor in states["module"].items()}
-    return get_fp32_state_dict_from_zero_checkpoint(str(checkpoint), tag=_TAG)
+    with _running_no_code(checkpoint):
+        return get_fp32_state_dict_from_zero_checkpoint(str(checkpoint), tag=_TAG)

@@ -225,8 +225,8 @@ def _language_model(job: _Job) -> Iterator[tuple[Any, dict[str, Any]]]:
 
     with _model_folder(job) as folder:
         try:
-            tokenizer = AutoTokenizer.from_pretrained(folder)
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=False)
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"--model: {job.model!r} cannot be loaded ({str(error).splitlines()[0][:300]}). A run, a Hugging Face "

@@ -201,7 +201,7 @@ def _write_record(folder: Path, record: dict[str, Any]) -> None:
 
 
 def _write_model(source: RunCheckpoint, folder: Path, dtype: torch.dtype) -> None:
-    config = AutoConfig.from_pretrained(source.info.path / MODEL_CONFIG_FOLDER)
+    config = AutoConfig.from_pretrained(source.info.path / MODEL_CONFIG_FOLDER, trust_remote_code=False)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     state = consolidated_state_dict(source.info.path, source.settings.zero.stage)
     _load_strictly(model, state, place=source.info.path)

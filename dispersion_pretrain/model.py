@@ -40,9 +40,9 @@ def model_config(settings: ModelSettings, *, vocabulary: int, sequence_length: i
         model_type = fields.pop("model_type")
         try:
             config = AutoConfig.for_model(model_type, **fields)
-        except (ValueError, TypeError, KeyError) as error:
+        except Exception as error:  # whatever the fields of one of its many classes lead to
             raise ValueError(
-                f"model.config: transformers refuses it ({str(error)[:300]}). A causal language model's config "
+                f"model.config: transformers refuses it ({_short(error)}). A causal language model's config "
                 "fields are needed. Correct them."
             ) from None
         known = set(type(config)().to_dict()) | set(getattr(config, "attribute_map", {}))
@@ -55,8 +55,9 @@ def model_config(settings: ModelSettings, *, vocabulary: int, sequence_length: i
     else:
         assert settings.pretrained is not None
         try:
-            config = AutoConfig.from_pretrained(settings.pretrained)
+            config = AutoConfig.from_pretrained(settings.pretrained, trust_remote_code=False)
         except (OSError, ValueError) as error:
+            refuse_own_code(f"model.pretrained: {settings.pretrained!r}", error)
             raise ValueError(
                 f"model.pretrained: {settings.pretrained!r} cannot be loaded ({str(error).splitlines()[0][:300]}). A "
                 "local Hugging Face folder, or a "
@@ -66,8 +67,27 @@ def model_config(settings: ModelSettings, *, vocabulary: int, sequence_length: i
     return config
 
 
+def refuse_own_code(place: str, error: Exception) -> None:
+    """Raise ValueError with words of ours if transformers says that a model brings Python code; else do nothing."""
+    if "trust_remote_code" in str(error):
+        raise ValueError(
+            f"{place} brings Python code of its own, which is never run here (transformers' trust_remote_code is off). "
+            "A model that the installed transformers knows is allowed. Choose one, or a newer transformers that knows "
+            "this one."
+        ) from None
+
+
+def _short(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
 def _check_fit(config: PretrainedConfig, *, vocabulary: int, sequence_length: int) -> None:
     positions = getattr(config, "max_position_embeddings", None)
+    for name, value in (("max_position_embeddings", positions or 1), ("vocab_size", config.vocab_size)):
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(
+                f"model.config: {name} is {value!r}. A whole number from 1 on is needed. Correct it, or leave it out."
+            )
     if positions is not None and sequence_length > positions:
         raise ValueError(
             f"data.sequence_length: {sequence_length} is longer than the model's {positions} positions. At most "
@@ -95,7 +115,7 @@ def build_model(settings: ModelSettings, config: PretrainedConfig) -> PreTrained
     if settings.pretrained is not None:
         try:
             model = AutoModelForCausalLM.from_pretrained(
-                settings.pretrained, config=config, dtype=torch.float32, **options
+                settings.pretrained, config=config, dtype=torch.float32, trust_remote_code=False, **options
             )
         except (OSError, ValueError) as error:
             raise ValueError(
@@ -117,9 +137,20 @@ def build_model(settings: ModelSettings, config: PretrainedConfig) -> PreTrained
 
 
 def model_size(settings: ModelSettings, config: PretrainedConfig) -> ModelSize:
-    """Count parameters on the meta device: no memory is taken."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, attn_implementation=settings.attention)
+    """Count parameters on the meta device: no memory is taken.
+
+    Raises:
+        ValueError: transformers cannot build the model.
+    """
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, attn_implementation=settings.attention)
+        layers, width = int(config.num_hidden_layers), int(config.hidden_size)
+    except Exception as error:  # whatever the fields of one of transformers' many classes lead to
+        raise ValueError(
+            f"model: transformers cannot build it ({_short(error)}). The fields of a working model are needed. Correct "
+            "model.config or model.attention."
+        ) from None
     head = model.get_output_embeddings()
     look_up = sum(
         module.weight.numel()
@@ -130,15 +161,15 @@ def model_size(settings: ModelSettings, config: PretrainedConfig) -> ModelSize:
     return ModelSize(
         parameters=parameters,
         matmul_parameters=parameters - look_up,
-        layers=int(config.num_hidden_layers),
-        width=int(config.hidden_size),
+        layers=layers,
+        width=width,
         vocabulary=int(config.vocab_size),
     )
 
 
 def load_exported(folder: str | Path, *, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """Load a Hugging Face folder or name for measuring, in evaluation mode on the CPU."""
-    return AutoModelForCausalLM.from_pretrained(str(folder), dtype=dtype).eval()
+    return AutoModelForCausalLM.from_pretrained(str(folder), dtype=dtype, trust_remote_code=False).eval()
 
 
 # Sizes of `tiny_fields`, by transformers' own names; each family maps them to its names or has no such field.

@@ -14,10 +14,11 @@ import torch
 
 from dispersion_pretrain import checkpoint, distributed, metrics, provenance
 from dispersion_pretrain.assembly import RunParts
-from dispersion_pretrain.certificate import Certificate, changes_since
+from dispersion_pretrain.certificate import Certificate, Change, changes_since
 from dispersion_pretrain.config import Settings
 from dispersion_pretrain.evaluate import pending_evaluations
 from dispersion_pretrain.export import MODEL_CONFIG_FOLDER, REFERENCE_FILE
+from dispersion_pretrain.faults import Verdict
 from dispersion_pretrain.saving import Description, Saves
 from dispersion_pretrain.settings_file import dump_settings
 
@@ -67,8 +68,8 @@ def save_run(parts: RunParts, certificate: Certificate, saves: Saves, tier: chec
     """Begin a checkpoint after `step` steps; return the seconds for which training stood still.
 
     It holds the engine's shards, each rank's random state, the model's config, and reference logits for the check of an
-    export. The position in the data follows from the step: order and batch are fixed. `saves.poll` tells what became
-    of it.
+    export. The position in the data follows from the step and from what was passed over: order and batch are fixed.
+    `saves.poll` tells what became of it.
 
     Collective: world.
     """
@@ -80,11 +81,12 @@ def save_run(parts: RunParts, certificate: Certificate, saves: Saves, tier: chec
     if distributed.is_main():
         saves.take(f"{MODEL_CONFIG_FOLDER}/config.json", parts.hub_config.to_json_string().encode())
         saves.take(REFERENCE_FILE, safetensors.torch.save(reference))
+    samples = (step + parts.faults.data_offset_steps) * settings.global_batch_sequences
     saves.write(
         Description(
             step=step,
             tokens=parts.tokens(step),
-            samples=step * settings.global_batch_sequences,
+            samples=samples,
             world_size=parts.layout.world_size,
             settings=settings.model_dump(mode="json"),
             versions=provenance.versions(),
@@ -92,7 +94,8 @@ def save_run(parts: RunParts, certificate: Certificate, saves: Saves, tier: chec
                 "git_commit": provenance.git_commit() if distributed.is_main() else None,
                 "data_order": parts.corpora.order.fingerprint(),
                 "teacher": parts.teacher.fingerprint if parts.teacher else None,
-                "certificate": certificate.promise(step, step * settings.global_batch_sequences),
+                "certificate": certificate.promise(step, samples),
+                "faults": parts.faults.state(),
             },
         )
     )
@@ -142,22 +145,57 @@ def resume_run(parts: RunParts, certificate: Certificate, resume: str, local: ch
         return 0
     reordered = _refuse_other_run(parts, found)
     changes = changes_since(found, parts)
-    same_ranks = found.world_size == parts.layout.world_size
     if distributed.is_main():
         print(f"resume: step {found.step} of {found.path}", *changes, sep="\nresume: ", flush=True)
-        if not same_ranks:
+        if found.world_size != parts.layout.world_size:
             print("resume: dropout streams begin anew, from seed, rank and step", flush=True)
+    _load_state(parts, found, changes)
+    parts.faults.restore(found.manifest["extra"].get("faults"))
+    certificate.check_resumed(found, changes, reordered=reordered)
+    return found.step
+
+
+def _load_state(parts: RunParts, found: checkpoint.CheckpointInfo, changes: list[Change]) -> None:
+    """Weights, optimizer, random state and objective of a checkpoint of this run. Collective: world."""
     parts.engine.load(found.path, resharded=any(change.what.startswith(("world size", "zero.")) for change in changes))
+    same_ranks = found.world_size == parts.layout.world_size
     state = checkpoint.load_rank_state(found.path, None if same_ranks else 0)
     if same_ranks:
         distributed.restore_random_state(state["random"])
     else:
-        distributed.seed_everything(settings.run.seed)
-        distributed.seed_dropout(settings.run.seed, found.step)
+        distributed.seed_everything(parts.settings.run.seed)
+        distributed.seed_dropout(parts.settings.run.seed, found.step)
     if parts.gradient_cap is not None:
         parts.gradient_cap.bound = state.get("objective", {}).get("coefficient_bound", math.inf)
-    certificate.check_resumed(found, changes, reordered=reordered)
-    return found.step
+
+
+def roll_back_run(parts: RunParts, step: int, verdict: Verdict, local: checkpoint.Tier | None) -> tuple[int, Verdict]:
+    """Go back to the newest good checkpoint and pass over the samples since; return its step and what to tell.
+
+    The run is then where a resume from that checkpoint would be, but for its place in the data: behind the global batch
+    of the step that went wrong.
+
+    Args:
+        step: 1-based number of that step.
+        verdict: says what was wrong.
+        local: the second tier. No save may be under way on any.
+
+    Collective: world.
+
+    Raises:
+        RuntimeError: there is no checkpoint yet, or the run has gone back too often; on every rank.
+    """
+    parts.faults.refuse_more_rollbacks(verdict.message)
+    found, skipped = checkpoint.find_newest_good(parts.settings.run_folder, local)
+    if found is None:
+        raise RuntimeError(
+            f"{verdict.message} There is no whole checkpoint to go back to{': ' * bool(skipped)}{'; '.join(skipped)}. "
+            "One is needed. Lower optimizer.learning_rate or checkpoint.every_steps and start again."
+        )
+    _load_state(parts, found, changes_since(found, parts))
+    parts.totals = metrics.StepTotals()
+    passed = parts.faults.go_back(step, found.step, found.manifest["extra"].get("faults"))
+    return found.step, passed._replace(message=f"{verdict.message} {passed.message}")
 
 
 def _objective_state(parts: RunParts) -> dict[str, float]:
@@ -192,7 +230,7 @@ def _refuse_other_run(parts: RunParts, found: checkpoint.CheckpointInfo) -> bool
     if reordered and distributed.is_main():
         _log.warning(
             "%s: %s. The data goes on in the new order, at sample %d.",
-            found.path, "; ".join(reordered), found.step * parts.settings.global_batch_sequences,
+            found.path, "; ".join(reordered), found.samples,
         )  # fmt: skip
     return bool(reordered)
 

@@ -17,6 +17,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from dispersion_pretrain.config import Settings
+from dispersion_pretrain.plain_values import PlainLoader, refuse_odd_values, show, show_text
 
 _MODEL_CONFIG_FOLDER = Path(__file__).resolve().parent.parent / "configs" / "models"
 
@@ -65,19 +66,21 @@ def dump_settings(settings: Settings) -> str:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = yaml.load(path.read_text(encoding="utf-8"), PlainLoader)
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file. A YAML settings file is needed. Look under configs/.") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(
             f"{path}: cannot be read ({error}). A readable YAML file is needed. Correct the path."
         ) from None
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: is no valid YAML ({' '.join(str(error).split())}). Correct that line.") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date that is none, a number of 5,000 digits
+        reason = "nested too deeply" if isinstance(error, RecursionError) else show_text(" ".join(str(error).split()))
+        raise ValueError(f"{path}: is no valid YAML ({reason}). Correct that line.") from None
     if not isinstance(tree, dict):
         raise ValueError(
             f"{path}: holds {type(tree).__name__}. A mapping of sections is needed. See configs/demo.yaml."
         )
+    refuse_odd_values(tree, str(path))
     return tree
 
 
@@ -95,8 +98,8 @@ def _inline_model_config(tree: dict[str, Any], folder: Path) -> None:
                 return
     shipped = sorted(path.stem for path in _MODEL_CONFIG_FOLDER.glob("*.yaml"))
     raise ValueError(
-        f"model.config: no file {name!r}. A mapping, a YAML file or a shipped name is allowed: {', '.join(shipped)}. "
-        "Correct the name."
+        f"model.config: no file {show(name)}. A mapping, a YAML file or a shipped name is allowed: "
+        f"{', '.join(shipped)}. Correct the name."
     )
 
 
@@ -111,13 +114,16 @@ def _merge(parent: dict[str, Any], child: dict[str, Any], depth: int = 0) -> dic
 def _apply_override(tree: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator or not key:
-        raise ValueError(f"{override!r}: is no override. section.key=value is allowed, such as run.seed=1. Correct it.")
+        raise ValueError(
+            f"{show(override)}: is no override. section.key=value is allowed, such as run.seed=1. Correct it."
+        )
     try:
-        value = yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError):
+        value = yaml.load(text, PlainLoader)
+    except (yaml.YAMLError, ValueError, RecursionError):
         value = text
     if isinstance(value, str) and re.fullmatch(r"[-+]?\d+\.?\d*[eE][-+]?\d+", value):
         value = float(value)  # YAML 1.1 reads 1e-3 as a string
+    refuse_odd_values({key: value}, "command line")
     node = tree
     *sections, last = key.split(".")
     for section in sections:
@@ -126,7 +132,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
             below = node[section] = {}
         if not isinstance(below, dict):
             raise ValueError(
-                f"{key}: {section} is {below!r}, not a section. Only mappings have keys. Override {section} itself."
+                f"{key}: {section} is {show(below)}, not a section. Only mappings have keys. Override {section} itself."
             )
         node = below
     node[last] = value
@@ -140,13 +146,13 @@ def _explain(fault: Any) -> str:
         known = _known_keys(location[:-1])
         near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
         hint = f"Did you mean {near[0]}?" if near else f"Known here: {', '.join(known)}."
-        return f"{key}: unknown key, with the value {value!r}. {hint}"
+        return f"{key}: unknown key, with the value {show(value)}. {hint}"
     if kind == "missing":
         return f"{key}: is missing. It has no default. Add it."
     if kind == "value_error":
         message = str(fault["ctx"]["error"])
         return message if not location else f"{key}.{message}"
-    return f"{key}: {value!r} is not allowed. {fault['msg']}. Correct the value."
+    return f"{key}: {show(value)} is not allowed. {fault['msg']}. Correct the value."
 
 
 _UNION_TAGS = {

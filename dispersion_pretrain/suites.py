@@ -143,7 +143,7 @@ def held_out_texts(corpus: str, bounds: HeldOut, cache: str | None = None) -> li
         ValueError, RuntimeError: the corpus cannot be read.
     """
     manifest = read_manifest(corpus)
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_path(manifest, cache))
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_path(manifest, cache), trust_remote_code=False)
     sequences = TokenCorpus(manifest, "validation", cache)
     documents: list[list[int]] = [[]]
     for index in range(min(len(sequences), -(-bounds.tokens // manifest.sequence_length))):

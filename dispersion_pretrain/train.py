@@ -21,14 +21,15 @@ from dispersion_pretrain.crash_loop import refuse_crash_loop
 from dispersion_pretrain.data import Batch
 from dispersion_pretrain.engine import start_distributed
 from dispersion_pretrain.evaluate import start_evaluation_job
+from dispersion_pretrain.faults import NUM_SUMS, StepHealth, Verdict, add_sums, examine
 from dispersion_pretrain.objective import EvaluationOutputs, LossTerms, StepContext
-from dispersion_pretrain.resume import open_saves, prepare_run_folder, resume_run, save_run
+from dispersion_pretrain.replicas import check_replicas
+from dispersion_pretrain.resume import open_saves, prepare_run_folder, resume_run, roll_back_run, save_run
 from dispersion_pretrain.saving import Saved, Saves
 from dispersion_pretrain.stopping import Stopping
 from dispersion_pretrain.watchdog import Watchdog
 
 _CONDENSATION_TOKENS = 512  # of each text, as in the paper; the cosine sums grow with the square
-_TERMS = ("cross-entropy", "distillation")  # whose sums a step must keep finite, besides each layer's dispersion
 
 
 class TrainEngine(Protocol):
@@ -37,7 +38,10 @@ class TrainEngine(Protocol):
     def __call__(self, *arguments: Any) -> Any: ...
     def backward(self, loss: Tensor) -> None: ...
     def step(self) -> None: ...
+    def skip_step(self) -> None: ...
     def gradient_accumulation_steps(self) -> int: ...
+    def gradient_square(self) -> Tensor: ...
+    def non_finite_gradients(self) -> list[str]: ...
 
 
 def train_step(
@@ -46,16 +50,17 @@ def train_step(
     context: StepContext,
     totals: metrics.StepTotals,
     device: torch.device,
-) -> None:
-    """One optimizer step: every micro-batch forward and backward, one update at the end.
+) -> StepHealth:
+    """One optimizer step: every micro-batch forward and backward, one look at the numbers, one update at the end.
 
-    Collective: the engine's, the dispersion term's, and one flag before the update.
+    Returns:
+        What the look found. Where a loss or gradient is not finite on some rank, no rank makes an update, and the step
+        does not enter `totals`.
 
-    Raises:
-        RuntimeError: a loss is not finite on some rank; raised on every rank, before the update.
+    Collective: the engine's, the dispersion term's, and one reduction before the update.
     """
     micro_steps = engine.gradient_accumulation_steps()
-    sums = torch.zeros(len(_TERMS) + len(context.layers), device=device)
+    sums, done = torch.zeros(NUM_SUMS + len(context.layers), dtype=torch.float64, device=device), []
     heartbeat.begin_step(context.step)
     for micro_step in range(micro_steps):
         heartbeat.now.micro_step = micro_step
@@ -67,15 +72,20 @@ def train_step(
         )
         heartbeat.mark("backward pass")
         engine.backward(terms.total)  # the engine divides by the accumulation count
+        done.append(terms._replace(total=terms.total.detach()))
+        add_sums(sums, done[-1])
+        if micro_step < micro_steps - 1:
+            engine.step()
+    heartbeat.mark("check for numbers that are not finite")
+    health = examine(sums, engine.gradient_square(), context, engine.non_finite_gradients)
+    if health.broken:
+        engine.skip_step()
+        return health
+    heartbeat.mark("update")
+    engine.step()
+    for terms in done:
         add_terms(totals, terms)
-        sums[: len(_TERMS)] += torch.stack([terms.cross_entropy, terms.distillation])
-        if terms.layer_dispersion.numel():
-            sums[len(_TERMS) :] += terms.layer_dispersion
-        if micro_step == micro_steps - 1:
-            heartbeat.mark("check for numbers that are not finite")
-            refuse_non_finite(sums, context)
-            heartbeat.mark("update")
-        engine.step()
+    return health
 
 
 def add_terms(totals: metrics.StepTotals, terms: LossTerms) -> None:
@@ -87,27 +97,6 @@ def add_terms(totals: metrics.StepTotals, terms: LossTerms) -> None:
     for name, vector in (("cosine", terms.mean_cosine), ("clamped", terms.clamped_share)):
         if vector.numel():
             totals.add([f"{name}/{place}" for place in range(vector.numel())], vector)
-
-
-def refuse_non_finite(sums: Tensor, context: StepContext) -> None:
-    """Stop all ranks together if a term of the step is not finite.
-
-    Args:
-        sums: in the order of `_TERMS`, then the dispersion of each of the context's layers.
-
-    Collective: world.
-    """
-    broken = distributed.all_reduce_sum((~torch.isfinite(sums)).float()).tolist()
-    names = [name for name, count in zip(_TERMS, broken, strict=False) if count]
-    layers = [str(layer) for layer, count in zip(context.layers, broken[len(_TERMS) :], strict=True) if count]
-    if layers:
-        names.append(f"the dispersion of layer{'s' * (len(layers) > 1)} {', '.join(layers)}")
-    if names:
-        raise RuntimeError(
-            f"step {context.step}: {' and '.join(names)} is not finite on {int(max(broken))} of "
-            f"{distributed.world_size()} ranks. No update was made. Lower optimizer.learning_rate or lengthen "
-            "schedule.warmup_tokens and start again: the newest checkpoint is untouched."
-        )
 
 
 def run(settings: Settings, watchdog: Watchdog, *, resume: str = "auto") -> int:
@@ -123,7 +112,8 @@ def run(settings: Settings, watchdog: Watchdog, *, resume: str = "auto") -> int:
 
     Raises:
         ValueError: settings, corpus and model do not fit together.
-        RuntimeError: a damaged checkpoint or corpus, a resume that cannot be exact, a loss that is not finite.
+        RuntimeError: a damaged checkpoint or corpus, a resume that cannot be exact, numbers that are not finite
+            (as `faults` says), ranks whose weights differ.
         CrashLoopError: the last two starts failed at one step.
     """
     heartbeat.mark("joining the other ranks", heartbeat.LONG)
@@ -138,13 +128,7 @@ def run(settings: Settings, watchdog: Watchdog, *, resume: str = "auto") -> int:
     step = resume_run(parts, certificate, resume, saves.local)
     prepare_run_folder(parts, step)
     watchdog.publish(settings.run_folder, step)
-    writer = metrics.MetricsWriter(
-        settings.run_folder,
-        max_tokens=parts.tokens(settings.num_steps),
-        is_main=distributed.is_main(),
-        progress=True,
-        first_step=step + 1,
-    )
+    writer = open_writer(parts, step)
     batches, meter = parts.batches(step), ThroughputMeter(step)
     last_save_step, last_save_time = step, time.monotonic()
     if step == 0:
@@ -156,11 +140,23 @@ def run(settings: Settings, watchdog: Watchdog, *, resume: str = "auto") -> int:
         parts.forget_embeddings(step)
         context = parts.context(step)
         certificate.begin_step()
-        train_step(parts.engine, batches, context, parts.totals, device)
+        health = train_step(parts.engine, batches, context, parts.totals, device)
         if parts.gradient_cap is not None:
             parts.gradient_cap.end_step(context.coefficient)
         step += 1
         certificate.end_step(step)  # of the first step after a save or a resume
+        verdict = parts.faults.judge(step, health)
+        if verdict.rolls_back:
+            heartbeat.mark("going back to a checkpoint", heartbeat.LONG)
+            saves.finish()
+            batches.close()
+            writer.close()
+            step, verdict = roll_back_run(parts, step, verdict, saves.local)
+            writer, batches, meter = open_writer(parts, step), parts.batches(step), ThroughputMeter(step)
+            last_save_step = step
+            tell(parts, writer, step, verdict)
+            continue
+        tell(parts, writer, step, verdict)
         heartbeat.mark("agreement on stopping")
         stopping = distributed.any_rank(stop.requested())
         ending = stopping or step == settings.num_steps
@@ -171,9 +167,8 @@ def run(settings: Settings, watchdog: Watchdog, *, resume: str = "auto") -> int:
         if logging:
             log(parts, writer, step, context.coefficient, meter.values(step, parts, batches.wait_s))
         tier = saves.shared if saving else saves.local if local_save_due(settings, step) else None
-        if logging or tier is not None:
-            refuse_spoiled_update(parts.engine.gradient_norm(), step - 1)
         with meter.pause():
+            check_replicas(parts, writer, step, context.coefficient)
             measure(parts, writer, step, everything=step == settings.num_steps)
         if tier is not None:
             heartbeat.mark("saving a checkpoint", heartbeat.LONG)
@@ -203,9 +198,30 @@ def run(settings: Settings, watchdog: Watchdog, *, resume: str = "auto") -> int:
     return exit_codes.REQUEUE
 
 
+def open_writer(parts: RunParts, step: int) -> metrics.MetricsWriter:
+    """The writer of what happens after `step` steps; TensorBoard drops what it had of later ones."""
+    return metrics.MetricsWriter(
+        parts.settings.run_folder,
+        max_tokens=parts.tokens(parts.settings.num_steps),
+        is_main=distributed.is_main(),
+        progress=True,
+        first_step=step + 1,
+    )
+
+
+def tell(parts: RunParts, writer: metrics.MetricsWriter, step: int, verdict: Verdict) -> None:
+    """Print and record what a verdict says, if anything; on rank 0."""
+    if verdict.message and distributed.is_main():
+        print(verdict.message, flush=True)
+    if verdict.figures:
+        writer.write(step, parts.tokens(step), verdict.figures)
+
+
 def log(parts: RunParts, writer: metrics.MetricsWriter, step: int, coefficient: float, speed: dict[str, float]) -> None:
     """Write the means of the steps since the last record. Collective: world, one reduction."""
     means = parts.totals.reduce()
+    if not means:
+        return  # every step since the last record was skipped
     values = {
         "loss/total": means["total"],
         "loss/cross_entropy": means["cross_entropy"],
@@ -228,20 +244,6 @@ def log(parts: RunParts, writer: metrics.MetricsWriter, step: int, coefficient: 
     if forgetting is not None:
         values["active_forgetting/resets"] = count_resets(forgetting, step, parts.settings.num_steps)
     writer.write(step, parts.tokens(step), values)
-
-
-def refuse_spoiled_update(gradient_norm: float, step: int) -> None:
-    """Stop if the last update had a non-finite gradient, for its weights must not be saved.
-
-    Raises:
-        RuntimeError: it had; on every rank, since all know the same norm.
-    """
-    if not math.isfinite(gradient_norm):
-        raise RuntimeError(
-            f"step {step}: the gradient norm is {gradient_norm} and the update is spoiled; nothing of it is saved. "
-            "Lower optimizer.learning_rate or lengthen schedule.warmup_tokens and start again from the newest "
-            "checkpoint."
-        )
 
 
 def measure(parts: RunParts, writer: metrics.MetricsWriter, step: int, *, everything: bool = False) -> None:

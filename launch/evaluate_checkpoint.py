@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from dispersion_pretrain.suites import format_table
 
 def main(arguments: list[str] | None = None) -> int:
     """Evaluate and print a table; 1 if a task or the whole failed, with one line of explanation each."""
+    os.umask(os.umask(0o022) | 0o002)  # what a run leaves is never writable for everyone
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )

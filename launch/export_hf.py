@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from dispersion_pretrain.export import export_run, read_record
 
 def main(arguments: list[str] | None = None) -> int:
     """Export and print the folder and the difference of logits; 1 with one line of explanation when it fails."""
+    os.umask(os.umask(0o022) | 0o002)  # what a run leaves is never writable for everyone
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )

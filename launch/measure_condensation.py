@@ -121,7 +121,7 @@ def _token_ids(name: str) -> dict[str, int] | None:
     if folder.is_dir() and not any((folder / file).is_file() for file in _TOKENIZER_FILES):
         return None
     try:
-        ids: dict[str, int] = AutoTokenizer.from_pretrained(name).get_vocab()
+        ids: dict[str, int] = AutoTokenizer.from_pretrained(name, trust_remote_code=False).get_vocab()
     except (OSError, ValueError):
         return None
     return ids

@@ -49,6 +49,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> int:
+    os.umask(os.umask(0o022) | 0o002)  # what a run leaves is never writable for everyone
     arguments = parse_arguments()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     # DeepSpeed calls collectives by names that newer torch versions deprecate: one such line a rank helps nobody.

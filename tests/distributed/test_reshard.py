@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from dispersion_pretrain.metrics import StepTotals
 from dispersion_pretrain.model import build_model, model_config
 from dispersion_pretrain.objective import StepContext, TrainingModule
 from dispersion_pretrain.reshard import masters
+from dispersion_pretrain.saving import write_file
 from dispersion_pretrain.settings_file import parse_settings
 from dispersion_pretrain.train import train_step
 from spawn import run_ranks
@@ -104,6 +106,11 @@ def copies(engine: Any) -> dict[str, Tensor]:
     return {**found, "updates": torch.tensor(updates)}
 
 
+def into(folder: Path) -> Callable[[str, Any], object]:
+    """What writes the states that an engine hands out into a folder."""
+    return lambda name, state: write_file(folder / name, state)
+
+
 def link_on_rank(chains: list[Any], number: int, folder: str, world_size: int) -> dict[Any, Any]:
     """Go on with every chain by one link: load, compare each copy with what was saved, train, save."""
     device = start_distributed()
@@ -127,7 +134,7 @@ def link_on_rank(chains: list[Any], number: int, folder: str, world_size: int) -
             context = StepContext(step, SEQUENCES * (LENGTH - 1), shares, 0.0)
             train_step(engine, iter(micro_batches(step, layout, distributed.rank())), context, totals, device)
             losses.append((totals.reduce()["cross_entropy"], engine.gradient_norm()))
-        engine.save(here / f"{number}")
+        engine.save(into(here / f"{number}"))
         whole = copies(engine)
         if distributed.is_main():
             torch.save(whole, here / f"{number}.copies")

@@ -41,8 +41,19 @@ class PlainEngine:
                 parameter.grad = None
             self.updates += 1
 
+    def skip_step(self) -> None:
+        self.module.zero_grad()
+
     def gradient_accumulation_steps(self) -> int:
         return MICRO_STEPS
+
+    def gradient_square(self) -> Tensor:
+        """Of this rank's own sum: not the averaged gradient's, but as finite as that."""
+        gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+        return torch.nn.utils.get_total_norm(gradients).double().square()
+
+    def non_finite_gradients(self) -> list[str]:
+        return [f"{name} of rank {dist.get_rank()}" for name, _ in self.module.named_parameters()]
 
 
 class Slope(nn.Module):
@@ -66,7 +77,13 @@ class Slope(nn.Module):
             distillation=torch.tensor(0.25),
         )
         if int(sample_index[0]) == int(context.targets):
-            terms = terms._replace(**{name: torch.tensor(value) for name, value in self.poison.items()})
+            poison = dict(self.poison)
+            if "gradient" in poison:
+                loss.register_hook(lambda gradient, factor=self.poison["gradient"]: gradient * factor)
+                del poison["gradient"]
+            if "total" in poison:
+                terms = terms._replace(total=loss * poison.pop("total"))
+            terms = terms._replace(**{name: torch.tensor(value) for name, value in poison.items()})
         return terms
 
 
@@ -82,16 +99,14 @@ def step_on_rank(poisoned: int, poison: dict[str, Any]) -> dict[str, Any]:
         )
         for k in range(MICRO_STEPS)
     ]
-    error = ""
-    try:
-        train_step(engine, iter(batches), StepContext(7, poisoned, 6, 0.0, layers=(3, 8)), totals, torch.device("cpu"))
-    except RuntimeError as failure:
-        error = str(failure)
+    context = StepContext(7, poisoned, 6, 0.0, layers=(3, 8))
+    health = train_step(engine, iter(batches), context, totals, torch.device("cpu"))
     return {
         "weight": engine.module.get_parameter("weight").item(),
         "updates": engine.updates,
-        "error": error,
+        "health": health,
         "means": totals.reduce(),
+        "left": [p.grad for p in engine.module.parameters()],
     }
 
 
@@ -102,7 +117,12 @@ BROKEN: list[tuple[int, dict[str, Any], str]] = [
     (4, {"distillation": INF}, "distillation is not finite on 1 of 2 ranks"),
     (4, {"layer_dispersion": [NAN, 1.0]}, "the dispersion of layer 3 is not finite on 1 of 2 ranks"),
     (2, {"layer_dispersion": [INF, NAN]}, "the dispersion of layers 3, 8 is not finite on 1 of 2 ranks"),
-    (2, {"cross_entropy": NAN, "layer_dispersion": [1.0, -INF]}, "cross-entropy and the dispersion of layer 8 is not"),
+    (2, {"cross_entropy": NAN, "layer_dispersion": [1.0, -INF]}, "cross-entropy and the dispersion of layer 8 are not"),
+    (1, {"total": INF}, "the total loss is not finite on 1 of 2 ranks"),
+    (1, {"total": NAN, "distillation": NAN}, "distillation is not finite on 1 of 2 ranks"),
+    (0, {"gradient": NAN}, "the losses are finite, but not the gradient of weight of rank"),
+    (5, {"gradient": INF}, "the losses are finite, but not the gradient of weight of rank"),
+    (3, {"gradient": 1e30}, "the losses are finite, but not the gradient of weight of rank"),
 ]
 
 
@@ -119,7 +139,8 @@ def results() -> list[list[dict[str, Any]]]:
 def test_one_update_with_the_mean_over_ranks_and_micro_steps(results: list[list[dict[str, Any]]]) -> None:
     for result, *_ in results:
         mean = (0 + 1 + 2 + 10 + 11 + 12) / 6
-        assert result["updates"] == 1 and result["error"] == ""
+        assert result["updates"] == 1 and result["health"].broken == ""
+        assert result["health"].loss == pytest.approx(2 * mean)
         assert result["weight"] == pytest.approx(2 - RATE * mean)
         assert result["means"]["total"] == result["means"]["cross_entropy"] == pytest.approx(2 * mean)
         assert (result["means"]["dispersion"], result["means"]["distillation"]) == (0.5, 0.25)
@@ -127,10 +148,12 @@ def test_one_update_with_the_mean_over_ranks_and_micro_steps(results: list[list[
 
 
 @pytest.mark.parametrize("number", range(len(BROKEN)), ids=[named for _, _, named in BROKEN])
-def test_a_term_that_is_not_finite_on_one_rank_stops_all_before_the_update(
+def test_what_is_not_finite_on_one_rank_keeps_all_from_the_update(
     results: list[list[dict[str, Any]]], number: int
 ) -> None:
     for of_rank in results:
         result = of_rank[1 + number]
         assert result["updates"] == 0 and result["weight"] == 2.0
-        assert f"step 7: {BROKEN[number][2]}" in result["error"]
+        assert result["health"].broken.startswith(BROKEN[number][2])
+        assert result["means"] == {}, "the step does not enter the averages of the log"
+        assert result["left"] == [None]

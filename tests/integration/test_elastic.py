@@ -103,6 +103,9 @@ def resumes_on_rank(config: str, folder: str) -> dict[str, tuple[str, str]]:
     """Run to the end; then resume from step 4 again and again, each time with another thing changed."""
     from dispersion_pretrain.settings_file import load_settings
     from dispersion_pretrain.train import run
+    from dispersion_pretrain.watchdog import Watchdog
+
+    watchdog = Watchdog(None, rank=0, world_size=1)
 
     def resume(name: str, *overrides: str, edit: Callable[[Path], object] = lambda run_folder: None) -> None:
         case = Path(folder) / name
@@ -112,7 +115,7 @@ def resumes_on_rank(config: str, folder: str) -> dict[str, tuple[str, str]]:
         error, printed = "", io.StringIO()
         with contextlib.redirect_stdout(printed):
             try:
-                run(load_settings(Path(config), [*overrides, f"run.folder={case}"]))
+                run(load_settings(Path(config), [*overrides, f"run.folder={case}"]), watchdog)
             except RuntimeError as caught:
                 error = str(caught)
         found[name] = (printed.getvalue(), error)
@@ -132,7 +135,7 @@ def resumes_on_rank(config: str, folder: str) -> dict[str, tuple[str, str]]:
 
     found: dict[str, tuple[str, str]] = {}
     with contextlib.redirect_stdout(io.StringIO()):
-        run(load_settings(Path(config), [f"run.folder={folder}/whole"]))
+        run(load_settings(Path(config), [f"run.folder={folder}/whole"]), watchdog)
     resume("unchanged")
     for name in ("loss/total", "loss/cross_entropy", "loss/dispersion", "grad_norm"):
         resume(name.replace("/", "_"), edit=figure(name, 1e-15 if name != "grad_norm" else 1e-7))

@@ -79,7 +79,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         {"validation.every_step": 3},
         r"validation\.every_step: unknown key, with the value 3\. Did you mean every_steps\?",
     ),
-    ({"run.qqqqqq": 3}, r"run\.qqqqqq: unknown key, with the value 3\. Known here: name, folder, seed, doctor\."),
+    (
+        {"run.qqqqqq": 3},
+        r"run\.qqqqqq: unknown key, with the value 3\. Known here: name, folder, seed, max_time, doctor\.",
+    ),
     # missing
     ({"data": {"corpus": "x"}}, r"data\.sequence_length: is missing"),
     ({"training": {}}, r"training\.global_batch_tokens: is missing"),

@@ -145,7 +145,11 @@ def run(settings: Settings, watchdog: Watchdog, *, resume: str = "auto") -> int:
             parts.gradient_cap.end_step(context.coefficient)
         step += 1
         certificate.end_step(step)  # of the first step after a save or a resume
-        verdict = parts.faults.judge(step, health)
+        try:
+            verdict = parts.faults.judge(step, health)
+        except RuntimeError:
+            saves.finish()  # all ranks raise alike, and the save under way is the one to start again from
+            raise
         if verdict.rolls_back:
             heartbeat.mark("going back to a checkpoint", heartbeat.LONG)
             saves.finish()
@@ -174,7 +178,6 @@ def run(settings: Settings, watchdog: Watchdog, *, resume: str = "auto") -> int:
             heartbeat.mark("saving a checkpoint", heartbeat.LONG)
             with meter.pause():
                 stall_s = save_run(parts, certificate, saves, tier, step)
-                stop.saved(stall_s)
                 writer.write(step, parts.tokens(step), {"checkpoint_s": stall_s})
         if saving:
             last_save_step, last_save_time = step, time.monotonic()
@@ -182,7 +185,8 @@ def run(settings: Settings, watchdog: Watchdog, *, resume: str = "auto") -> int:
             heartbeat.mark("waiting for the save to be committed", heartbeat.LONG)
             saves.finish()
         for saved in saves.poll():
-            stop.saved(saved.write_s)
+            if saved.error is None:
+                stop.saved(saved.write_s)
             report_save(parts, writer, saves, saved)
         if stopping:
             break

@@ -76,7 +76,14 @@ def candidates(run_folder: Path | str) -> list[tuple[int, Path]]:
         match = _CANDIDATE.fullmatch(path.name)
         if match and path.is_dir():
             found.append((int(match[1]), path))
-    return sorted(found, key=lambda candidate: (-candidate[0], candidate[1].name.startswith(".")))
+    return sorted(found, key=lambda candidate: _age(candidate[1]))
+
+
+def _age(path: Path) -> tuple[int, bool]:
+    """What sorts candidates from new to old."""
+    match = _CANDIDATE.fullmatch(path.name)
+    assert match is not None
+    return -int(match[1]), path.name.startswith(".")
 
 
 def rank_file(rank: int) -> str:
@@ -110,11 +117,12 @@ def shared_tier(run_folder: Path | str) -> Tier:
     return Tier(Path(run_folder), tuple(range(distributed.world_size())))
 
 
-def local_tier(folder: Path | str, run_folder: Path, *, zero_stage: int) -> Tier:
+def local_tier(folder: Path | str, run_folder: Path, zero: dict[str, Any]) -> Tier:
     """Return this node's part of the second tier, below `folder`, after finding out which ranks see the same disk.
 
     The run's place in it has a random name that is kept in the run folder: when that is removed and the run begins
-    again, what is left on the disks of nodes does not count.
+    again, what is left on the disks of nodes does not count. `zero` is how the state is divided, as JSON: since a node
+    lacks the files of others, another division can make nothing of them.
 
     Collective: world.
 
@@ -141,7 +149,7 @@ def local_tier(folder: Path | str, run_folder: Path, *, zero_stage: int) -> Tier
         ranks = sorted(int(path.name.rpartition("-")[2]) for path in place.glob(f".here-{token}-*"))
     with distributed.failing_together(f"checkpoint.local_folder: {place} cannot be written"):
         own.unlink()
-    node = {"ranks": ranks, "world_size": distributed.world_size(), "zero_stage": zero_stage}
+    node = {"ranks": ranks, "world_size": distributed.world_size(), "zero": zero}
     return Tier(place, tuple(ranks), node)
 
 
@@ -268,35 +276,26 @@ def find_newest_good(run_folder: Path | str, local: Tier | None = None) -> tuple
     Skipped ones are left for inspection.
     """
     tiers = [tier for tier in (local, shared_tier(run_folder)) if tier is not None]
-    listed = [(tier, name) for tier in tiers for name in _names_everywhere(tier)]
+    # What rank 0 does not see lacks a part. Of one step, a node's own disk comes first.
+    listed = distributed.from_main(
+        f"{checkpoints_folder(run_folder)}: cannot list the checkpoints",
+        lambda: sorted(
+            (_age(path), number, path.name)
+            for number, tier in enumerate(tiers)
+            for _, path in candidates(tier.run_folder)
+        ),
+    )
     skipped: list[str] = []
-    for tier, name in sorted(listed, key=lambda entry: _age(entry[1])):  # of one step, a node's own disk comes first
+    for _, number, name in listed:
+        tier = tiers[number]
         path = checkpoints_folder(tier.run_folder) / name
         problems, manifest = _verify_together(path, tier.ranks)
         elsewhere = distributed.any_rank(not problems and manifest.get("node") != tier.node)
         if not problems and not elsewhere:
             return _info(path, manifest), skipped
-        problems = problems or ["it is of other ranks, or of another zero.stage, than those that run here now"]
+        problems = problems or ["it is of other ranks, or of other zero settings, than those that run here now"]
         skipped.append(f"{path}: {'; '.join(problems)}")
     return None, skipped
-
-
-def _names_everywhere(tier: Tier) -> list[str]:
-    """Names of the checkpoints of which every node has a folder. Collective: world."""
-    names: list[str] = []
-    folder = checkpoints_folder(tier.run_folder)
-    with distributed.failing_together(f"{folder}: cannot list the checkpoints"):
-        if tier.leads:
-            names = [path.name for _, path in candidates(tier.run_folder)]
-    lists = [part for part in distributed.gather_objects(names if tier.leads else None) if part is not None]
-    return [name for name in lists[0] if all(name in other for other in lists)]
-
-
-def _age(name: str) -> tuple[int, bool]:
-    """What sorts names of checkpoints from new to old; of a step that was saved again the older copy comes second."""
-    match = _CANDIDATE.fullmatch(name)
-    assert match is not None
-    return -int(match[1]), name.startswith(".")
 
 
 def resolve(

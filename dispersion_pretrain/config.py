@@ -307,7 +307,7 @@ class CheckpointSettings(_Section):
     every_minutes: float | None = Field(None, gt=0)
     keep_last: int = Field(2, ge=1)
     keep_every_tokens: int | None = Field(
-        None, ge=1, description="the first checkpoint after each multiple of so many tokens is kept for ever"
+        None, ge=1, description="the first checkpoint at or after each multiple of so many tokens is kept for ever"
     )
     background: bool = Field(
         True, description="training goes on while a copy in host memory is written; false: it waits"

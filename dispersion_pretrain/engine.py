@@ -278,7 +278,8 @@ class DeepSpeedEngine:
             yield name, parameter
             if not hasattr(parameter, "_hp_mapping"):
                 master = unpartitioned_master(self._engine.optimizer, parameter)
-                yield f"the master of {name}", master
+                if master is not parameter:
+                    yield f"the master of {name}", master
                 yield from ((f"a moment of {name}", moment) for moment in _moments(base, master))
         yield from self.module.named_buffers()
 

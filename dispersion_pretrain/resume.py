@@ -53,7 +53,7 @@ def open_saves(settings: Settings) -> Saves:
     """
     section, local = settings.checkpoint, None
     if section.local_folder is not None:
-        local = checkpoint.local_tier(section.local_folder, settings.run_folder, zero_stage=settings.zero.stage)
+        local = checkpoint.local_tier(section.local_folder, settings.run_folder, settings.zero.model_dump(mode="json"))
     return Saves(
         settings.run_folder,
         local=local,

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dispersion_pretrain import distributed
 from dispersion_pretrain.config import Settings
@@ -68,14 +68,21 @@ def settings_for(case: Case) -> Settings:
 
 
 class Struck(TrainingModule):
-    """A module of which one rank's first micro-step goes wrong on demand."""
+    """A module of which one rank's first micro-step goes wrong on demand, with a parameter that is used in such steps
+    alone: nobody writes over its gradient later.
+    """
 
-    wrong = ""  # "loss" or "gradient"
+    wrong, uses_extra = "", False
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model, None)
+        self.extra = nn.Parameter(torch.ones(4))
 
     def forward(self, *arguments: Any, **options: Any) -> Any:
         terms = super().forward(*arguments, **options)
-        if not isinstance(terms, LossTerms) or not self.wrong:
+        if not isinstance(terms, LossTerms) or not self.uses_extra:
             return terms
+        terms = terms._replace(total=terms.total + 0.1 * self.extra.sum())
         wrong, self.wrong = self.wrong, ""
         if wrong == "loss":
             terms = terms._replace(total=terms.total * math.nan, cross_entropy=terms.cross_entropy * math.nan)
@@ -91,7 +98,7 @@ class Run:
         assert self.layout.accumulation == case.accumulation
         distributed.seed_everything(0)
         config = model_config(self.settings.model, vocabulary=VOCABULARY, sequence_length=LENGTH)
-        self.module = Struck(build_model(self.settings.model, config), None)
+        self.module = Struck(build_model(self.settings.model, config))
         self.engine = DeepSpeedEngine(self.module, self.settings, self.layout)
         self.engine.train()
         self.device, self.totals = torch.device("cpu"), StepTotals()
@@ -113,6 +120,7 @@ class Run:
             first = (micro_step * self.layout.world_size + distributed.rank()) * size
             index = torch.arange(first, first + size)
             batches.append(Batch(samples[index], index, torch.ones(size, dtype=torch.bool)))
+        self.module.uses_extra = bool(wrong)
         if rank == distributed.rank():
             self.module.wrong, self.infinite = wrong, wrong == "gradient"
         torch.manual_seed(number)  # dropout
@@ -162,7 +170,7 @@ def replicas_with_a_flipped_bit(run: Run) -> dict[str, Any]:
     for flip in (False, True):
         if flip and distributed.rank() == 1 and names:
             weight = dict(run.engine.replicated_tensors())[names[0]].detach().view(-1)
-            weight.view(torch.int16 if weight.element_size() == 2 else torch.int32)[5] ^= 1
+            weight.view(torch.int16 if weight.element_size() == 2 else torch.int32)[1] ^= 1
         try:
             refuse_odd_ranks(run.engine.replicated_tensors(), {"the learning rate": 0.1}, 4, run.device)
             errors.append("")

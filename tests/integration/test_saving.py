@@ -52,7 +52,7 @@ def _train_while_saving(folder: Path) -> dict[Any, Any]:
             return totals.reduce()["cross_entropy"]
 
         place = folder / "-".join(map(str, case))
-        local = checkpoint.local_tier(place / f"disk-{distributed.rank()}", place / "run", zero_stage=stage)
+        local = checkpoint.local_tier(place / f"disk-{distributed.rank()}", place / "run", {"stage": stage})
         saves = Saves(place / "run", local=local)
         engine = engine_of()
         losses = [train(engine, 0), train(engine, 1)]

@@ -8,6 +8,7 @@ import os
 import subprocess
 import threading
 import time
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -71,6 +72,7 @@ def test_a_copy_shares_no_memory_and_keeps_the_form(tmp_path: Path) -> None:
         "pair": Pair(flat[:2], 7),
         "group": {"lr": 0.1, "betas": (0.9, 0.95), "counts": collections.OrderedDict(a=[1])},
         "transposed": torch.arange(6.0).view(2, 3).t(),
+        "scaler": types.SimpleNamespace(scale=1.0),
         "empty": torch.empty(0, dtype=torch.bfloat16),
     }
     copied: Any = HostCopy()("file", state)
@@ -79,12 +81,14 @@ def test_a_copy_shares_no_memory_and_keeps_the_form(tmp_path: Path) -> None:
     flat.fill_(-1)
     nn.init.zeros_(module.weight)
     state["group"]["lr"], state["group"]["counts"]["a"][0] = 0.2, 2
+    state["scaler"].scale = 2.0
     assert copied["view"].tolist() == [10, 11, 12, 13]
     assert copied["tied"][0] is copied["view"] and copied["tied"][1].tolist() == [[10, 11], [12, 13]]
     assert copied["pair"] == Pair(copied["pair"].left, 7) and copied["pair"].left.tolist() == [0, 1]
     assert copied["module"]["weight"].abs().sum() > 0
     assert copied["module"]._metadata == vars(module.state_dict())["_metadata"], "what load_state_dict looks at"
     assert copied["group"] == {"lr": 0.1, "betas": (0.9, 0.95), "counts": {"a": [1]}}
+    assert copied["scaler"].scale == 1.0
     assert copied["transposed"].tolist() == [[0, 3], [1, 4], [2, 5]]
     assert copied["empty"].dtype == torch.bfloat16
 

@@ -76,7 +76,9 @@ lint: setup ## ruff, mypy, and the linters of shell scripts and of the Dockerfil
 
 bench: setup ## print the tables of tests/benchmarks (minutes; no result passes or fails)
 	$(CLEAR_LOCKS)
-	@for benchmark in tests/benchmarks/*.py; do echo "== $$benchmark"; python "$$benchmark"; done
+	@for benchmark in tests/benchmarks/*.py; do \
+		echo "== $$benchmark"; PYTHONPATH=.:tests python "$$benchmark"; \
+	done
 
 clean: ## remove .venv and all caches; data/ and runs/ stay
 	rm -rf $(VENV) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -37,12 +37,10 @@ class HostCopy:
             for key, inner in value.items():
                 copied[key] = self._copied(inner, (*place, key), seen)
             return copied
-        if isinstance(value, list | tuple):
+        if type(value) in (list, tuple) or hasattr(value, "_fields"):
             items = [self._copied(inner, (*place, number), seen) for number, inner in enumerate(value)]
-            if isinstance(value, list):
-                return items
-            return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
-        return copy.deepcopy(value)
+            return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+        return copy.deepcopy(value)  # a number, a torch.Size (which is a tuple, too), an object of DeepSpeed's
 
     def _buffer(self, place: tuple[Any, ...], like: Tensor) -> Tensor:
         buffer = self._buffers.get(place)

@@ -130,7 +130,7 @@ def run(settings: Settings, watchdog: Watchdog, *, resume: str = "auto") -> int:
     watchdog.publish(settings.run_folder, step)
     writer = open_writer(parts, step)
     batches, meter = parts.batches(step), ThroughputMeter(step)
-    last_save_step, last_save_time = step, time.monotonic()
+    last_save_step, last_save_time, stall_s = step, time.monotonic(), 0.0
     if step == 0:
         with meter.pause():
             measure(parts, writer, step, everything=True)
@@ -186,7 +186,7 @@ def run(settings: Settings, watchdog: Watchdog, *, resume: str = "auto") -> int:
             saves.finish()
         for saved in saves.poll():
             if saved.error is None:
-                stop.saved(saved.write_s)
+                stop.saved(stall_s + saved.write_s)
             report_save(parts, writer, saves, saved)
         if stopping:
             break

@@ -73,6 +73,7 @@ def test_a_copy_shares_no_memory_and_keeps_the_form(tmp_path: Path) -> None:
         "group": {"lr": 0.1, "betas": (0.9, 0.95), "counts": collections.OrderedDict(a=[1])},
         "transposed": torch.arange(6.0).view(2, 3).t(),
         "scaler": types.SimpleNamespace(scale=1.0),
+        "shape": flat.shape,
         "empty": torch.empty(0, dtype=torch.bfloat16),
     }
     copied: Any = HostCopy()("file", state)
@@ -89,6 +90,7 @@ def test_a_copy_shares_no_memory_and_keeps_the_form(tmp_path: Path) -> None:
     assert copied["module"]._metadata == vars(module.state_dict())["_metadata"], "what load_state_dict looks at"
     assert copied["group"] == {"lr": 0.1, "betas": (0.9, 0.95), "counts": {"a": [1]}}
     assert copied["scaler"].scale == 1.0
+    assert isinstance(copied["shape"], torch.Size)
     assert copied["transposed"].tolist() == [[0, 3], [1, 4], [2, 5]]
     assert copied["empty"].dtype == torch.bfloat16
 

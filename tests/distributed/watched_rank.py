@@ -14,15 +14,13 @@ from dispersion_pretrain.stopping import Stopping
 from dispersion_pretrain.watchdog import Watchdog
 
 
-def work(seconds: float) -> None:
-    """Steps of 10 ms."""
-    end, step = time.monotonic() + seconds, 0
-    while time.monotonic() < end:
+def work(num_steps: int) -> None:
+    """Make short steps: as many on every rank, so that all come to stand at the same mark."""
+    for step in range(num_steps):
         heartbeat.begin_step(step)
         heartbeat.mark("reading data")
         heartbeat.mark("forward pass")
         time.sleep(0.01)
-        step += 1
 
 
 def lock_twice() -> None:
@@ -41,7 +39,7 @@ def main() -> None:
         watchdog._machine = "another machine"
     watchdog.publish(Path(folder), first_step=0)
     Stopping(leave_at_once=watchdog.leave_at_once)
-    work(1.0)
+    work(80)
     Path(folder, f"ready-{rank}").touch()
     if behaviour == "loops":
         while True:
@@ -49,9 +47,10 @@ def main() -> None:
     elif behaviour == "holds":
         ctypes.PyDLL(None).sleep(10**6)
     elif behaviour in ("waits", "waits-elsewhere"):
+        heartbeat.mark("backward pass")
         lock_twice()
     elif behaviour == "works":
-        work(4.0)
+        work(400)
     watchdog.end(0)
     os._exit(0)
 

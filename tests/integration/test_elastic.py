@@ -43,9 +43,11 @@ def test_chain_of_world_sizes_and_stages(corpus: Path, tmp_path: Path) -> None:
     config, run = config_of(tmp_path, corpus), tmp_path / "run"
 
     def run_to(step: int, *arguments: str, ranks: int, launcher: str) -> str:
-        """Kill it once the step after the checkpoint of `step` is known; that becomes the newest checkpoint."""
+        """Kill it once the checkpoint of `step` is committed and the step after it known; it becomes the newest."""
         job = Job(pretrain_command(config, *arguments, ranks=ranks, launcher=launcher), tmp_path / f"log{step}")
-        job.wait_for((run / "certificates" / f"step-{step:08d}.json").exists, 300)
+        committed = run / "checkpoints" / f"step-{step:08d}" / "COMMITTED"
+        known = run / "certificates" / f"step-{step:08d}.json"
+        job.wait_for(lambda: committed.exists() and known.exists(), 300)
         job.kill()
         for later in range(step + EVERY, STEPS + 1, EVERY):
             shutil.rmtree(run / "checkpoints" / f"step-{later:08d}", ignore_errors=True)

@@ -103,7 +103,7 @@ def run_library(lines: Path, tokenizer: Path, threads: int) -> Run:
 def command(source: Path, tokenizer: Path, out: Path, processes: int) -> list[str]:
     return [
         sys.executable, str(DATA_PREP / "tokenize_to_mds.py"), "--source", str(source), "--tokenizer", str(tokenizer),
-        "--seq-len", "1024", "--out", str(out), "--processes", str(processes), "--deduplicate",
+        "--seq-len", "1024", "--out", str(out), "--processes", str(processes),
     ]  # fmt: skip
 
 

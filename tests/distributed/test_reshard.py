@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +18,9 @@ from dispersion_pretrain.metrics import StepTotals
 from dispersion_pretrain.model import build_model, model_config
 from dispersion_pretrain.objective import StepContext, TrainingModule
 from dispersion_pretrain.reshard import masters
-from dispersion_pretrain.saving import write_file
 from dispersion_pretrain.settings_file import parse_settings
 from dispersion_pretrain.train import train_step
+from small_engine import deal, into, odd_llama
 from spawn import run_ranks
 
 SEQUENCES, LENGTH, VOCABULARY, STEPS = 8, 16, 61, 2  # steps of each link of a chain
@@ -41,17 +40,12 @@ UNDISTURBED = [((2,), "float32", True), ((2,), "float32", False)]
 
 
 def settings_for(stage: int, precision: str, tied: bool, micro_batch: int) -> Settings:
-    model = {
-        "model_type": "llama", "hidden_size": 15, "intermediate_size": 24, "num_hidden_layers": 2, "head_dim": 4,
-        "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": LENGTH,
-        "tie_word_embeddings": tied, "pad_token_id": 2, "bos_token_id": None, "eos_token_id": None,
-    }  # fmt: skip
     # Of a model as small as this, ZeRO-3 would keep every parameter whole on all ranks; untied chains leave it at that.
     overrides: dict[str, Any] = {}
     if stage == 3 and tied:
         overrides = {"zero_optimization": {"stage3_param_persistence_threshold": 0, "sub_group_size": 1000}}
     tree = {
-        "model": {"config": model, "precision": precision},
+        "model": {"config": odd_llama(LENGTH, tied=tied), "precision": precision},
         "data": {"corpus": "none", "sequence_length": LENGTH},
         "training": {
             "global_batch_tokens": SEQUENCES * LENGTH, "max_tokens": 10 * SEQUENCES * LENGTH, "micro_batch": micro_batch
@@ -69,15 +63,7 @@ def build(settings: Settings, layout: BatchLayout) -> DeepSpeedEngine:
 
 
 def micro_batches(step: int, layout: BatchLayout, rank: int) -> list[Batch]:
-    """This rank's share of the step's samples, dealt as data.BatchStream deals them."""
-    samples = torch.randint(0, VOCABULARY, (SEQUENCES, LENGTH), generator=torch.Generator().manual_seed(step))
-    size = layout.micro_batch
-    batches = []
-    for micro_step in range(layout.accumulation):
-        first = (micro_step * layout.world_size + rank) * size
-        index = torch.arange(first, first + size)
-        batches.append(Batch(samples[index], index + step * SEQUENCES, torch.ones(size, dtype=torch.bool)))
-    return batches
+    return deal(step, layout, rank, sequences=SEQUENCES, length=LENGTH, vocabulary=VOCABULARY)
 
 
 def copies(engine: Any) -> dict[str, Tensor]:
@@ -104,11 +90,6 @@ def copies(engine: Any) -> dict[str, Tensor]:
         found[key] = torch.cat([by_place[first] for first in sorted(by_place)]).view(found[f"working/{name}"].shape)
     (updates,) = {float(state["step"]) for state in engine._engine.basic_optimizer.state.values()}
     return {**found, "updates": torch.tensor(updates)}
-
-
-def into(folder: Path) -> Callable[[str, Any], object]:
-    """What writes the states that an engine hands out into a folder."""
-    return lambda name, state: write_file(folder / name, state)
 
 
 def link_on_rank(chains: list[Any], number: int, folder: str, world_size: int) -> dict[Any, Any]:

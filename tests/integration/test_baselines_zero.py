@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +21,9 @@ from dispersion_pretrain.metrics import StepTotals
 from dispersion_pretrain.model import build_model, model_config
 from dispersion_pretrain.objective import StepContext, TrainingModule
 from dispersion_pretrain.optim import parameter_groups
-from dispersion_pretrain.saving import write_file
 from dispersion_pretrain.settings_file import parse_settings
 from dispersion_pretrain.train import train_step
+from small_engine import deal, into, odd_llama
 from spawn import run_ranks
 
 SEQUENCES, LENGTH, VOCABULARY = 8, 16, 61
@@ -40,22 +39,12 @@ RESETS = [
 DISTILLATIONS = [(0, 1, False), (2, 2, False), (3, 1, False), (1, 2, True), (3, 2, True)]
 
 
-def into(folder: Path) -> Callable[[str, Any], object]:
-    """What writes the states that an engine hands out into a folder."""
-    return lambda name, state: write_file(folder / name, state)
-
-
 def settings_for(stage: int = 0, precision: str = "float32", tied: bool = True,
                  micro_batch: int = SEQUENCES, **sections: Any) -> Settings:  # fmt: skip
-    model = {
-        "model_type": "llama", "hidden_size": 15, "intermediate_size": 24, "num_hidden_layers": 2, "head_dim": 4,
-        "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": LENGTH,
-        "tie_word_embeddings": tied, "pad_token_id": 2, "bos_token_id": None, "eos_token_id": None,
-    }  # fmt: skip
     # Of a model as small as this, ZeRO-3 would keep every parameter whole on all ranks; one case leaves it at that.
     gathering = {"zero_optimization": {"stage3_param_persistence_threshold": 0}} if stage == 3 and tied else {}
     tree = {
-        "model": {"config": model, "precision": precision},
+        "model": {"config": odd_llama(LENGTH, tied=tied), "precision": precision},
         "data": {"corpus": "none", "sequence_length": LENGTH},
         "training": {
             "global_batch_tokens": SEQUENCES * LENGTH, "max_tokens": 10 * SEQUENCES * LENGTH, "micro_batch": micro_batch
@@ -73,15 +62,7 @@ def build(settings: Settings) -> Any:
 
 
 def micro_batches(step: int, layout: BatchLayout, rank: int) -> list[Batch]:
-    """This rank's share of the step's samples, dealt as data.BatchStream deals them."""
-    samples = torch.randint(0, VOCABULARY, (SEQUENCES, LENGTH), generator=torch.Generator().manual_seed(step))
-    size = layout.micro_batch
-    batches = []
-    for micro_step in range(layout.accumulation):
-        first = (micro_step * layout.world_size + rank) * size
-        index = torch.arange(first, first + size)
-        batches.append(Batch(samples[index], index + step * SEQUENCES, torch.ones(size, dtype=torch.bool)))
-    return batches
+    return deal(step, layout, rank, sequences=SEQUENCES, length=LENGTH, vocabulary=VOCABULARY)
 
 
 def context_for(step: int, layout: BatchLayout) -> StepContext:

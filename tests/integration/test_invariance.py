@@ -32,6 +32,8 @@ def test_demo_model_has_one_loss_curve_in_every_layout(tmp_path: Path) -> None:
             f"training.micro_batch={micro_batch}",
             f"training.global_batch_tokens={tokens}",
             f"training.max_tokens={STEPS * tokens}",
+            # As prepared: in a shuffled order single steps enlarge what float32 rounds, some by a hundred times.
+            "data.shuffle=none",
             "schedule.warmup_tokens=0",
             "dispersion.pool_sequences=4",
             "dispersion.coefficient=1.0",
@@ -50,8 +52,7 @@ def test_demo_model_has_one_loss_curve_in_every_layout(tmp_path: Path) -> None:
     for name in others:
         for step, figures in curves[first].items():
             for key in ("loss/total", "loss/cross_entropy", "loss/dispersion"):
-                # Below 1 the difference itself counts: the dispersion loss may be 0, which means nothing special.
-                difference = abs(curves[name][step][key] - figures[key]) / max(1.0, abs(figures[key]))
+                difference = abs(curves[name][step][key] - figures[key]) / abs(figures[key])
                 worst = max(worst, difference)
                 assert difference < 1e-4, f"{name} against {first}, step {step}, {key}: {difference:.1e}"
     print(f"largest relative difference over {STEPS} steps and {len(LAYOUTS)} layouts: {worst:.1e}", file=sys.stderr)

@@ -19,7 +19,7 @@ SHORT = [
     "training.max_tokens=16384", "schedule.warmup_tokens=0", "checkpoint.every_steps=4", "evaluation.every=null",
     "validation.sequences=4", "condensation.num_texts=2",
 ]  # fmt: skip
-# The same run at another number of processes is another run folder here: a resume is exact or refused.
+# A run folder for each launcher: the second would else find the run of the first at its end.
 RUN_FOLDERS = {"deepspeed": "runs/demo", "torchrun": "runs/by_torchrun"}
 # What README's comparison needs besides, and `make demo` makes.
 BASELINE = "deepspeed launch/pretrain.py --config configs/demo_baseline.yaml run.folder=runs/demo_baseline"

@@ -20,6 +20,7 @@ from dispersion_pretrain.objective import DispersionTerm, StepContext, TrainingM
 from dispersion_pretrain.optim import parameter_groups
 from dispersion_pretrain.settings_file import parse_settings
 from dispersion_pretrain.train import train_step
+from small_engine import deal
 from spawn import run_ranks
 
 SEQUENCES, LENGTH, VOCABULARY, STEPS = 16, 32, 101, 3
@@ -64,15 +65,7 @@ def build_module(settings: Settings, layout: BatchLayout) -> TrainingModule:
 
 
 def micro_batches(step: int, layout: BatchLayout, rank: int) -> list[Batch]:
-    """This rank's share of the step's samples, dealt as data.BatchStream deals them."""
-    samples = torch.randint(0, VOCABULARY, (SEQUENCES, LENGTH), generator=torch.Generator().manual_seed(step))
-    size = layout.micro_batch
-    batches = []
-    for micro_step in range(layout.accumulation):
-        first = (micro_step * layout.world_size + rank) * size
-        index = torch.arange(first, first + size)
-        batches.append(Batch(samples[index], index + step * SEQUENCES, torch.ones(size, dtype=torch.bool)))
-    return batches
+    return deal(step, layout, rank, sequences=SEQUENCES, length=LENGTH, vocabulary=VOCABULARY)
 
 
 def context_for(step: int, layout: BatchLayout) -> StepContext:

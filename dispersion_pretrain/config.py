@@ -59,6 +59,10 @@ class ModelSettings(_Section):
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     activation_checkpointing: bool = Field(False, description="recompute each block in the backward pass")
     compile: bool = Field(False, description="torch.compile the model")
+    loss_head: Literal["pieces", "whole"] = Field(
+        "pieces",
+        description="pieces: logits of a few tokens at a time, where a family's head is a bare matrix; whole: of all",
+    )
 
     @model_validator(mode="after")
     def _one_origin(self) -> ModelSettings:

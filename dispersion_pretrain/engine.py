@@ -153,7 +153,8 @@ class DeepSpeedEngine:
 
     def __init__(self, module: nn.Module, settings: Settings, layout: BatchLayout) -> None:
         if settings.model.compile:
-            module.get_submodule("model").compile()
+            model: Any = module.get_submodule("model")
+            model.base_model.compile()
         optimizer = _optimizer(module, settings)
         names = {parameter: name for name, parameter in module.named_parameters()}
         self._names = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
@@ -177,9 +178,9 @@ class DeepSpeedEngine:
         self._records_norm = settings.zero.stage > 0 or settings.model.precision != "float32"
         self._own_norm: Tensor | None = None
 
-    def __call__(self, *arguments: Any) -> Any:
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
         """Forward pass of the wrapped module."""
-        return self._engine(*arguments)
+        return self._engine(*arguments, **options)
 
     def backward(self, loss: Tensor) -> None:
         """Backward pass of one micro-step; divides by the accumulation count."""

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from dispersion_pretrain.config import ModelSettings
+from dispersion_pretrain.loss_head import CrossEntropyHead
 
 # A model may hold a few more entries than its tokenizer (rounding up for speed); past this it is another tokenizer's.
 VOCABULARY_PADDING = 1024
@@ -133,6 +134,8 @@ def build_model(settings: ModelSettings, config: PretrainedConfig) -> PreTrained
     if settings.activation_checkpointing:
         # The reentrant kind runs blocks without gradients first: hidden states would come out detached.
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if settings.loss_head == "pieces" and has_bare_head(config):
+        CrossEntropyHead.take_over(model.get_output_embeddings())
     return model
 
 
@@ -195,3 +198,29 @@ def tiny_fields(config: PretrainedConfig) -> dict[str, Any]:
     fields |= {name: 0.0 for name in names if "dropout" in name or name.endswith("pdrop")}
     # Special tokens lie beyond a vocabulary of 64.
     return fields | {name: None for name in ("bos_token_id", "eos_token_id", "pad_token_id") if name in names}
+
+
+def has_bare_head(config: PretrainedConfig) -> bool:
+    """Whether logits are the head's matrix times the last hidden state, and nothing is scaled, capped or masked after.
+
+    Seen by trying a model with these settings and tiny sizes; False where there can be none.
+    """
+    sizes = {config.attribute_map.get(name, name): value for name, value in _TINY_SIZES.items()}
+    fields = {name: value for name, value in config.to_dict().items() if name not in ("model_type", "dtype")}
+    for name, value in fields.items():
+        if isinstance(value, list) and len(value) == config.num_hidden_layers:
+            fields[name] = value[:TINY_LAYERS]
+    fields |= {name: value for name, value in sizes.items() if name in fields}
+    fields |= {name: None for name in ("bos_token_id", "eos_token_id", "pad_token_id") if name in fields}
+    ids = torch.arange(8)[None]
+    try:
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            model: Any = AutoModelForCausalLM.from_config(type(config)(**fields), attn_implementation="eager").eval()
+            head = model.get_output_embeddings()
+            if type(head) is not nn.Linear:
+                return False
+            head.weight.mul_(100.0)  # a cap bends large logits, and leaves small ones nearly as they are
+            last = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+            return torch.equal(model(input_ids=ids, use_cache=False).logits, head(last))
+    except Exception:  # whatever one of transformers' many classes makes of such sizes
+        return False

@@ -18,6 +18,7 @@ from dispersion_pretrain.baselines import Distillation, NoisyEmbeddings
 from dispersion_pretrain.config import DispersionSettings
 from dispersion_pretrain.dispersion import checked_variant, pooled_dispersion
 from dispersion_pretrain.distributed import all_reduce_sum, counter_hash
+from dispersion_pretrain.loss_head import CrossEntropyHead
 from dispersion_pretrain.pair_sums import DispersionOptions
 
 
@@ -41,8 +42,16 @@ class EvaluationOutputs(NamedTuple):
     """What one batch yields in evaluation mode."""
 
     cross_entropy_sums: Tensor  # (micro_batch,) summed over each sequence's targets
-    logits: Tensor  # (micro_batch, sequence_length, vocabulary)
+    logits: Tensor | None  # (micro_batch, sequence_length, vocabulary) where they were asked for
     hidden_states: tuple[Tensor, ...]  # L + 1 of (micro_batch, sequence_length, dim); the last is after the final norm
+
+
+class _Predicted(NamedTuple):
+    """What a forward pass of the model yields."""
+
+    losses: Tensor  # cross-entropy of each predicted token in order, or their sum
+    logits: Tensor | None
+    hidden_states: Any
 
 
 class StepContext(NamedTuple):
@@ -201,9 +210,10 @@ class TrainingModule(nn.Module):
         self.dispersion = dispersion
         self.noise = noise
         self.distillation = distillation
+        whole: Any = model
+        self.has_loss_head = isinstance(whole.get_output_embeddings(), CrossEntropyHead)
         self._cap: GradientRatioCap | None = None  # while a step is measured
         if dispersion is not None and dispersion.cap is not None:
-            whole: Any = model
             whole.get_output_embeddings().register_forward_pre_hook(self._watch_head)
 
     def _watch_head(self, _: nn.Module, inputs: tuple[Any, ...]) -> None:
@@ -211,38 +221,46 @@ class TrainingModule(nn.Module):
             self._cap.watch(inputs[0], 1)
 
     def forward(
-        self, input_ids: Tensor, sample_index: Tensor | None = None, context: StepContext | None = None
+        self,
+        input_ids: Tensor,
+        sample_index: Tensor | None = None,
+        context: StepContext | None = None,
+        with_logits: bool = False,
     ) -> LossTerms | EvaluationOutputs:
         """One micro-batch: `LossTerms` with a context, `EvaluationOutputs` without.
 
         Args:
             input_ids: (micro_batch, sequence_length) int64. Token t is the target of tokens before it.
             sample_index: (micro_batch,) int64, needed with a context.
+            with_logits: of `EvaluationOutputs`: with those of the whole micro-batch.
 
         Collective: as `DispersionTerm`, when the coefficient is not 0; as the teacher, where it is sharded.
         """
         if context is None:
             self._cap = None
-            outputs = self.model(input_ids=input_ids, use_cache=False, output_hidden_states=True)
-            sums = token_cross_entropy(outputs.logits, input_ids).view(input_ids.shape[0], -1).sum(1)
-            return EvaluationOutputs(sums, outputs.logits, outputs.hidden_states)
+            predicted = self._predict(input_ids, {"input_ids": input_ids}, hidden_states=True, logits=with_logits)
+            sums = predicted.losses.view(input_ids.shape[0], -1).sum(1)
+            return EvaluationOutputs(sums, predicted.logits, predicted.hidden_states)
         # First, so that what the teacher needs besides its logits is free again when the student fills the memory.
         teacher_logits = self.distillation.teacher_logits(input_ids) if self.distillation is not None else None
         term = self.dispersion if context.coefficient > 0 else None
         self._cap = term.cap if term is not None else None
-        outputs = self.model(
-            **self._inputs(input_ids, sample_index, context), use_cache=False, output_hidden_states=term is not None
+        predicted = self._predict(
+            input_ids,
+            self._inputs(input_ids, sample_index, context),
+            hidden_states=term is not None,
+            logits=teacher_logits is not None,
         )
         share = context.shares / context.targets
-        cross_entropy = token_cross_entropy(outputs.logits, input_ids).sum() * share
+        cross_entropy = predicted.losses.sum() * share
         total, divergence = cross_entropy, cross_entropy.new_zeros(())
-        if self.distillation is not None and teacher_logits is not None:
-            divergence = self.distillation.divergence(outputs.logits, teacher_logits) * share
+        if self.distillation is not None and teacher_logits is not None and predicted.logits is not None:
+            divergence = self.distillation.divergence(predicted.logits, teacher_logits) * share
             total = total + self.distillation.weight * divergence
         dispersion = cross_entropy.new_zeros(())
         by_layer = mean_cosine = clamped_share = cross_entropy.new_zeros(0)
         if term is not None:
-            by_layer, mean_cosine, clamped_share = term(outputs.hidden_states, sample_index, context.step)
+            by_layer, mean_cosine, clamped_share = term(predicted.hidden_states, sample_index, context.step)
             dispersion = by_layer.mean()
             total = total + context.coefficient * dispersion
         return LossTerms(
@@ -254,6 +272,21 @@ class TrainingModule(nn.Module):
             clamped_share=clamped_share,
             distillation=divergence.detach(),
         )
+
+    def _predict(
+        self, input_ids: Tensor, inputs: dict[str, Tensor], *, hidden_states: bool, logits: bool
+    ) -> _Predicted:
+        """Run the model; its logits stay pieces within the head wherever nothing else reads them."""
+        model: Any = self.model
+        options = {"use_cache": False, "output_hidden_states": hidden_states}
+        if logits or not self.has_loss_head:
+            outputs = model(**inputs, **options)
+            losses = token_cross_entropy(outputs.logits, input_ids)
+            return _Predicted(losses, outputs.logits if logits else None, outputs.hidden_states)
+        outputs = model.base_model(**inputs, **options)
+        read = outputs.last_hidden_state[:, :-1].flatten(0, 1)
+        losses = model.get_output_embeddings()(read, input_ids[:, 1:].flatten())
+        return _Predicted(losses, None, outputs.hidden_states)
 
     def _inputs(self, input_ids: Tensor, sample_index: Tensor | None, context: StepContext) -> dict[str, Tensor]:
         if self.noise is None or sample_index is None or not self.training:

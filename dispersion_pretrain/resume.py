@@ -109,7 +109,7 @@ def _reference(parts: RunParts) -> dict[str, torch.Tensor]:
     input_ids = (drawn.abs() % parts.corpora.plan.vocab_size)[None]
     parts.engine.train(False)
     with torch.no_grad():
-        logits = parts.engine(input_ids.to(parts.device)).logits
+        logits = parts.engine(input_ids.to(parts.device), with_logits=True).logits
     parts.engine.train()
     return {"input_ids": input_ids, "logits": logits.float().cpu().contiguous()}
 

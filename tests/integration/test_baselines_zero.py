@@ -146,7 +146,7 @@ def resets_on_rank(cases: list[tuple[int, str, bool]], folder: str, device: torc
         (batch,) = micro_batches(2, layout, distributed.rank())
         engine.train(False)
         with torch.no_grad():
-            logits = engine(batch.input_ids).logits.float().clone()
+            logits = engine(batch.input_ids, with_logits=True).logits.float().clone()
         engine.train(True)
         losses = [train(engine, step) for step in (2, 3)]
         resumed = engine_of()

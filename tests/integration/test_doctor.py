@@ -138,9 +138,15 @@ def test_long_accumulation_is_cut_and_said(pair: list[Found]) -> None:
 class OnRanks(TrainingModule):
     """An objective that is wrong where there are ranks or accumulation; in the reference it finds neither."""
 
-    def forward(self, input_ids: Tensor, sample_index: Tensor | None = None, context: StepContext | None = None) -> Any:
+    def forward(
+        self,
+        input_ids: Tensor,
+        sample_index: Tensor | None = None,
+        context: StepContext | None = None,
+        with_logits: bool = False,
+    ) -> Any:
         """`total` of the right objective, changed."""
-        terms = super().forward(input_ids, sample_index, context)
+        terms = super().forward(input_ids, sample_index, context, with_logits)
         if context is None or not isinstance(terms, LossTerms) or not distributed.is_initialized():
             return terms
         ranks = distributed.world_size()
@@ -201,9 +207,15 @@ class OthersDetached(OnRanks):
 
     sample_index: Tensor | None = None
 
-    def forward(self, input_ids: Tensor, sample_index: Tensor | None = None, context: StepContext | None = None) -> Any:
+    def forward(
+        self,
+        input_ids: Tensor,
+        sample_index: Tensor | None = None,
+        context: StepContext | None = None,
+        with_logits: bool = False,
+    ) -> Any:
         self.sample_index = sample_index
-        return super().forward(input_ids, sample_index, context)
+        return super().forward(input_ids, sample_index, context, with_logits)
 
 
 def objective(kind: type[TrainingModule]) -> AbstractContextManager[Any]:

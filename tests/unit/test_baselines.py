@@ -159,8 +159,9 @@ class TestNoisyModule:
     def test_none_in_evaluation(self) -> None:
         plain, noisy = (module_with_noise(student(), alpha).eval() for alpha in (None, 100.0))
         with torch.no_grad():
-            one, other = plain(batch()), noisy(batch())
+            one, other = plain(batch(), with_logits=True), noisy(batch(), with_logits=True)
             assert isinstance(one, EvaluationOutputs) and isinstance(other, EvaluationOutputs)
+            assert one.logits is not None and other.logits is not None
             assert torch.equal(one.logits, other.logits)
             terms = [module(batch(), torch.arange(4), context()) for module in (plain, noisy)]
         assert torch.equal(terms[0].cross_entropy, terms[1].cross_entropy)

@@ -280,8 +280,9 @@ class TestTrainingModule:
     def test_without_a_context_it_evaluates(self) -> None:
         module = TrainingModule(build("gpt2"), term([1])).eval()
         with torch.no_grad():
-            outputs = module(batch())
-        assert isinstance(outputs, EvaluationOutputs)
+            outputs = module(batch(), with_logits=True)
+            assert module(batch()).logits is None
+        assert isinstance(outputs, EvaluationOutputs) and outputs.logits is not None
         assert outputs.cross_entropy_sums.shape == (4,)
         assert outputs.logits.shape == (4, LENGTH, VOCABULARY)
         assert [tuple(hidden.shape) for hidden in outputs.hidden_states] == [(4, LENGTH, 16)] * 5
@@ -366,7 +367,7 @@ class TestGradientRatioCap:
         squares = dispersion.cap._squares
         assert squares is not None
         before = squares.clone()
-        module(batch()).logits.sum().backward()
+        module(batch(), with_logits=True).logits.sum().backward()
         assert torch.equal(squares, before)
 
     def test_a_head_that_reads_nothing_is_an_error(self) -> None:

@@ -1,0 +1,124 @@
+"""Cross-entropy of a linear head without ever holding all its logits.
+
+The logits of one micro-batch are often the largest tensors of a step: with 151,936 entries and 8,192 tokens each copy
+takes 5 GB, and autograd keeps three. Here a few rows at a time become logits, loss and, at once, gradient; what is kept
+for the backward pass has the sizes of the hidden states and of the head's matrix. The three matrix products are
+autograd's own, so this costs no time; nothing is computed twice.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+_FEWEST_ROWS = 256
+
+
+class CrossEntropyHead(nn.Linear):
+    """A model's output head that also turns hidden states and targets into a loss.
+
+    Called with targets as a module, so that ZeRO-3's hooks have its matrix whole around the call.
+    """
+
+    @classmethod
+    def take_over(cls, head: nn.Module) -> None:
+        """Make a plain linear head one of this class, in place: its parameters, their names and ties stay."""
+        if type(head) is not nn.Linear:
+            raise TypeError(f"head: {type(head).__name__} is no plain nn.Linear. Use the whole logits.")
+        head.__class__ = cls
+
+    def forward(self, hidden: Tensor, targets: Tensor | None = None) -> Tensor:
+        """Logits without targets; else the cross-entropy in nats.
+
+        Args:
+            hidden: (..., dim); with targets (tokens, dim).
+            targets: (tokens,) int64.
+
+        Returns:
+            (..., vocabulary) logits; with targets, where gradients are wanted, a scalar: the sum over tokens,
+            differentiable once; else (tokens,), that of each token. Losses are float32 (float64 stays).
+        """
+        if targets is None:
+            return super().forward(hidden)
+        if torch.is_grad_enabled() and (hidden.requires_grad or self.weight.requires_grad):
+            summed: Tensor = _SummedCrossEntropy.apply(hidden, self.weight, self.bias, targets)
+            return summed
+        with torch.no_grad():
+            parts = [
+                functional.cross_entropy(
+                    _in_full(super(CrossEntropyHead, self).forward(rows)), wanted, reduction="none"
+                )
+                for rows, wanted in _pieces(hidden, targets)
+            ]
+        return torch.cat(parts)
+
+
+def rows_at_once(dim: int) -> int:
+    """As many rows as the model is wide: their logits then take no more memory than the gradient of the matrix, and
+    adding to that gradient is no more traffic than the product itself.
+    """
+    return max(_FEWEST_ROWS, dim)
+
+
+def _pieces(hidden: Tensor, targets: Tensor) -> list[tuple[Tensor, Tensor]]:
+    rows = rows_at_once(hidden.shape[1])
+    return list(zip(hidden.split(rows), targets.split(rows), strict=True))
+
+
+class _SummedCrossEntropy(torch.autograd.Function):
+    """Loss and gradients in forward; backward scales them."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+        """Sum over tokens of -log softmax(hidden weight^T + bias)[target]."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            total = _in_full(hidden.new_zeros(()))
+            of_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+            of_weight = _sums_like(weight) if ctx.needs_input_grad[1] else None
+            of_bias = _sums_like(bias) if bias is not None and ctx.needs_input_grad[2] else None
+            first = 0
+            for rows, wanted in _pieces(hidden, targets):
+                logits = _in_full(functional.linear(rows, weight, bias))
+                log_sums = logits.logsumexp(1, keepdim=True)
+                total += (log_sums - logits.gather(1, wanted[:, None])).sum()
+                logits.sub_(log_sums).exp_()  # the probabilities, and from here on the gradient of the logits
+                logits.scatter_add_(1, wanted[:, None], torch.full_like(log_sums, -1.0))
+                if of_bias is not None:
+                    of_bias += logits.sum(0)
+                gradient = logits.to(weight.dtype)
+                if of_hidden is not None:
+                    torch.mm(gradient, weight, out=of_hidden[first : first + len(rows)])
+                if of_weight is not None and of_weight.dtype == weight.dtype:
+                    of_weight.addmm_(gradient.t(), rows)
+                elif of_weight is not None:
+                    of_weight += gradient.t() @ rows
+                first += len(rows)
+        ctx.gradients = of_hidden, of_weight, of_bias
+        ctx.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
+        return total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        """Scale what forward left, in place: a second backward pass would find nothing."""
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None:
+            raise RuntimeError("loss head: a second backward pass. One is possible. Run the forward pass again.")
+        scaled = [
+            None if gradient is None else gradient.mul_(grad_loss.to(gradient.dtype)).to(dtype)
+            for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)
+        ]
+        return *scaled, None
+
+
+def _in_full(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _sums_like(parameter: Tensor) -> Tensor:
+    """Zeros in float32, or float64: pieces are added up, which bf16 would round away."""
+    dtype = torch.promote_types(parameter.dtype, torch.float32)
+    return torch.zeros(parameter.shape, dtype=dtype, device=parameter.device)

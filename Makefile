@@ -79,7 +79,7 @@ lint: setup ## ruff, mypy, and the linters of shell scripts and of the Dockerfil
 
 bench: setup ## print the tables of tests/benchmarks (minutes; no result passes or fails)
 	$(CLEAR_LOCKS)
-	@for benchmark in tests/benchmarks/*.py; do \
+	@for benchmark in tests/benchmarks/bench_*.py; do \
 		echo "== $$benchmark"; PYTHONPATH=.:tests python "$$benchmark"; \
 	done
 

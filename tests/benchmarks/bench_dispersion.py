@@ -6,7 +6,6 @@ Run: python tests/benchmarks/bench_dispersion.py [--rounds N] [--threads N]
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import statistics
 import sys
 import time
@@ -21,6 +20,7 @@ from dispersion_pretrain import angular_kernel
 from dispersion_pretrain.dispersion import dispersion_loss
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from benchmarks.peak_memory import peak_mib  # noqa: E402
 from numerics.plain_dispersion import plain_dispersion_loss  # noqa: E402
 
 SHAPES = [(8, 256, 768), (4, 256, 1024), (1, 4096, 1024)]  # sets, tokens, dim
@@ -82,32 +82,6 @@ def median_ratio(times: dict[str, list[float]], one: str, other: str) -> float:
     return statistics.median(a / b for a, b in zip(times[one], times[other], strict=True))
 
 
-def memory_of(field: str) -> float:
-    """A field of this process' memory figures, MiB."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith(field)).split()[1]) / 1024
-
-
-def measure_memory(name: str, shape: tuple[int, int, int], threads: int, result: multiprocessing.SimpleQueue) -> None:
-    """In a process of its own: peak over what was there before, MiB, the gradient itself included."""
-    torch.set_num_threads(threads)
-    CONTENDERS[name](make_embeddings((1, 8, 16)))  # libraries load their parts on first use
-    embeddings = make_embeddings(shape)
-    before = memory_of("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-    CONTENDERS[name](embeddings)
-    result.put(memory_of("VmHWM") - before)
-
-
-def peak_mib(name: str, shape: tuple[int, int, int], threads: int) -> float:
-    context = multiprocessing.get_context("spawn")
-    result = context.SimpleQueue()
-    process = context.Process(target=measure_memory, args=(name, shape, threads, result))
-    process.start()
-    process.join()
-    return float(result.get()) if process.exitcode == 0 else float("nan")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=11)
@@ -122,7 +96,10 @@ def main() -> None:
     print(f"{'sets, tokens, dim':>18}{heads}{'speed-up':>10}{'/ products':>12}{'memory':>8}")
     for shape in SHAPES:
         times = milliseconds(shape, arguments.rounds)
-        memory = {name: peak_mib(name, shape, arguments.threads) for name in CONTENDERS}
+        memory = {
+            name: peak_mib(function, make_embeddings, ((1, 8, 16), shape), arguments.threads)
+            for name, function in CONTENDERS.items()
+        }
         cells = "".join(f"{statistics.median(times[name]):16.1f}{memory[name]:6.0f}" for name in CONTENDERS)
         print(
             f"{str(shape):>18}{cells}{median_ratio(times, 'autograd', 'closed form'):10.2f}"

@@ -82,10 +82,11 @@ class _SummedCrossEntropy(torch.autograd.Function):
             first = 0
             for rows, wanted in _pieces(hidden, targets):
                 logits = _in_full(functional.linear(rows, weight, bias))
-                log_sums = logits.logsumexp(1, keepdim=True)
-                total += (log_sums - logits.gather(1, wanted[:, None])).sum()
-                logits.sub_(log_sums).exp_()  # the probabilities, and from here on the gradient of the logits
-                logits.scatter_add_(1, wanted[:, None], torch.full_like(log_sums, -1.0))
+                of_targets, largest = logits.gather(1, wanted[:, None]), logits.amax(1, keepdim=True)
+                sums = logits.sub_(largest).exp_().sum(1, keepdim=True)  # in place, as all that follows
+                total += (sums.log() + largest - of_targets).sum()
+                logits.div_(sums)  # the probabilities, and from here on the gradient of the logits
+                logits.scatter_add_(1, wanted[:, None], torch.full_like(sums, -1.0))
                 if of_bias is not None:
                     of_bias += logits.sum(0)
                 gradient = logits.to(weight.dtype)

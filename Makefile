@@ -20,10 +20,10 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # start whole runs and wait for them, come first.
 SIDE_BY_SIDE := -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help setup corpus demo test test-gpu lint bench clean
+.PHONY: help setup corpus demo test test-cluster test-gpu lint bench clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 setup: $(STAMP) ## make .venv and install the package, its pinned dependencies and the development tools
 
@@ -66,6 +66,10 @@ demo: corpus ## train a small model without and with the dispersion loss; ends w
 test: setup ## all tests that need neither a GPU nor a cluster
 	$(CLEAR_LOCKS)
 	python -m pytest $(SIDE_BY_SIDE)
+
+test-cluster: setup ## the tests with a real Slurm and several hosts on this machine (root; installs Debian's packages)
+	$(CLEAR_LOCKS)
+	python -m pytest -m cluster tests/cluster --durations 0
 
 test-gpu: setup ## the tests that need a GPU
 	python -m pytest -m gpu tests/gpu

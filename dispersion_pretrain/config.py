@@ -365,7 +365,14 @@ class EvaluationSettings(_Section):
     every: int | None = Field(
         None, ge=1, description="steps between evaluation jobs, a multiple of checkpoint.every_steps; null: none"
     )
+    via: Literal["local", "slurm", "none"] = Field(
+        "local",
+        description="a process on this machine; a job of Slurm's; or nothing, for evaluate_checkpoint.py --watch",
+    )
     suite: str = Field("configs/eval/offline.yaml", description="what such a job runs")
+    sbatch: dict[str, str] = Field(
+        {}, description="long options of sbatch for such a job: {partition: small, gpus: '1'}"
+    )
     device: str = Field(
         "cpu", pattern=r"^(cpu|cuda(:\d+)?)$", description="where; on a GPU of the training it takes memory"
     )

@@ -1,7 +1,7 @@
 """Benchmark scores of one checkpoint, in a process of its own: never inside the training process.
 
-The folder of an evaluation holds results.json (whole or absent), failed.json (why there is none), pending (the process
-that works on it), log.txt (of a job that training started) and lock.
+The folder of an evaluation holds results.json (whole or absent), failed.json (why there is none), pending (who works on
+it), log.txt, job.sh and job.id (of a job that training started) and lock.
 """
 
 from __future__ import annotations
@@ -10,12 +10,9 @@ import contextlib
 import fcntl
 import hashlib
 import json
-import logging
 import os
 import shutil
 import socket
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -27,7 +24,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dispersion_pretrain import checkpoint, export, provenance, suites
+from dispersion_pretrain import checkpoint, export, heartbeat, provenance, suites
 from dispersion_pretrain.config import Settings
 from dispersion_pretrain.corpus import read_manifest
 from dispersion_pretrain.settings_file import load_settings
@@ -35,19 +32,6 @@ from dispersion_pretrain.suites import Suite, load_suite
 
 FORMAT_VERSION = 1
 RESULTS, FAILURE, PENDING = "results.json", "failed.json", "pending"
-
-_SCRIPT = Path(__file__).resolve().parent.parent / "launch" / "evaluate_checkpoint.py"
-_NICENESS = 10  # beside training a job gets about a tenth of a core that training wants too
-_UNSEEN_HOST_S = 24 * 3600.0  # a process on another host cannot be looked at: believed for so long
-# What would make the job take itself for a rank of the training, or use as few threads as one.
-_LAUNCHER_VARIABLES = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "NODE_RANK"}
-_LAUNCHER_PREFIXES = (
-    *("MASTER_", "GROUP_", "CROSS_", "ROLE_", "TORCHELASTIC_", "ACCELERATE_", "OMP_", "KMP_", "GOMP_"),
-    *("OMPI_", "PMI_", "PMIX_", "SLURM_PROCID", "SLURM_LOCALID"),
-)
-
-_log = logging.getLogger(__name__)
-_children: list[subprocess.Popen[bytes]] = []  # of this process, until they have ended and were waited for
 
 
 @dataclass(frozen=True)
@@ -129,11 +113,11 @@ def evaluate_model(model: str, suite: str | Path, out: Path | None, options: Opt
     job.folder.mkdir(parents=True, exist_ok=True)
     with _exclusive(job.folder):
         (job.folder / FAILURE).unlink(missing_ok=True)
-        _write_pending(job.folder, os.getpid())
+        write_pending(job.folder, os.getpid())
         try:
             return _evaluate(job, chosen_folder=out is not None)
         except Exception as error:
-            _write_json(job.folder / FAILURE, {"time": time.time(), "error": f"{type(error).__name__}: {error}"})
+            write_json(job.folder / FAILURE, {"time": time.time(), "error": f"{type(error).__name__}: {error}"})
             raise
         finally:
             (job.folder / PENDING).unlink(missing_ok=True)
@@ -165,7 +149,7 @@ def _exclusive(folder: Path) -> Iterator[None]:
 
 def _evaluate(job: _Job, *, chosen_folder: bool) -> dict[str, Any]:
     started = time.time()
-    earlier = _read_json(job.folder / RESULTS)
+    earlier = read_json(job.folder / RESULTS)
     identity = job.identity(earlier)
     scores = _reusable_scores(job, earlier, identity, chosen_folder=chosen_folder)
     missing = [task for task in job.suite.tasks if task.task not in scores]
@@ -180,7 +164,7 @@ def _evaluate(job: _Job, *, chosen_folder: bool) -> dict[str, Any]:
             with _language_model(job) as (lm, details):
                 found, failures = suites.run_tasks(lm, missing, loaded, job.options.limit)
             scores, errors = scores | found, errors | failures
-    manifest = _read_json(job.checkpoint / checkpoint.MANIFEST) if job.checkpoint else None
+    manifest = read_json(job.checkpoint / checkpoint.MANIFEST) if job.checkpoint else None
     results = {
         "format_version": FORMAT_VERSION,
         "model": job.model,
@@ -197,7 +181,7 @@ def _evaluate(job: _Job, *, chosen_folder: bool) -> dict[str, Any]:
     }
     if job.run is not None and job.step is not None:
         _write_tensorboard(job.run, job.step, results)
-    _write_json(job.folder / RESULTS, results)
+    write_json(job.folder / RESULTS, results)
     return results
 
 
@@ -270,7 +254,14 @@ def _write_tensorboard(run: Path, step: int, results: dict[str, Any]) -> None:
             writer.add_scalar(f"evaluation/{task}/{metric}", value, step)
 
 
-def _write_json(path: Path, content: dict[str, Any]) -> None:
+def write_pending(folder: Path, pid: int) -> None:
+    """Say which process works on an evaluation or hands it to Slurm, and in which job of Slurm's it runs, if in one."""
+    record = {"pid": pid, "started": heartbeat.process_start(pid), "host": socket.gethostname(), "time": time.time()}
+    write_json(folder / PENDING, record | {"job": os.environ.get("SLURM_JOB_ID")})
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Replace a file, whole or not at all."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     with open(temporary, "w", encoding="utf-8") as file:
         json.dump(content, file, indent=1)
@@ -279,98 +270,10 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
     temporary.replace(path)
 
 
-def _read_json(path: Path) -> dict[str, Any] | None:
+def read_json(path: Path) -> dict[str, Any] | None:
+    """A file's object; None where there is none that can be read."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     return content if isinstance(content, dict) else None
-
-
-# ---- jobs beside training
-
-
-def start_evaluation_job(run_folder: Path, step: int, suite: str, *, device: str = "cpu") -> None:
-    """Start the evaluation of a committed checkpoint as a process of its own; never wait for it and never raise.
-
-    Its output goes to log.txt of the evaluation's folder. On the CPU by default: on the training's own GPU it could
-    take the memory that the next step needs. A failure to start is logged and written to failed.json there.
-    """
-    folder = evaluation_folder(run_folder, Path(suite).stem, step)
-    try:
-        folder = evaluation_folder(run_folder, load_suite(suite).name, step)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / FAILURE).unlink(missing_ok=True)
-        _remove_stale_results(run_folder, step, folder)
-        command = [sys.executable, str(_SCRIPT), "--model", f"{run_folder.resolve()}@{step}"]
-        command += ["--suite", str(suites.suite_path(suite).resolve()), "--device", device]
-        with open(folder / "log.txt", "ab") as log:
-            process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=_job_environment(),
-                start_new_session=True,
-            )
-        _children.append(process)
-        with contextlib.suppress(OSError):
-            os.setpriority(os.PRIO_PROCESS, process.pid, os.getpriority(os.PRIO_PROCESS, 0) + _NICENESS)
-        _write_pending(folder, process.pid)
-    except Exception as error:  # training goes on whatever happens to an evaluation; no collective in here
-        _log.warning("the evaluation of step %d cannot be started: %s", step, error)
-        with contextlib.suppress(OSError):
-            folder.mkdir(parents=True, exist_ok=True)
-            _write_json(folder / FAILURE, {"time": time.time(), "error": f"cannot be started: {error}"})
-
-
-def pending_evaluations(run_folder: Path) -> set[int]:
-    """Steps whose evaluation has started and neither ended nor died: their checkpoints are still needed."""
-    _children[:] = [process for process in _children if process.poll() is None]  # polling also buries the dead
-    steps = set()
-    for marker in (Path(run_folder) / "evaluations").glob(f"*/step-*/{PENDING}"):
-        ended = any((marker.parent / name).exists() for name in (RESULTS, FAILURE))
-        record = _read_json(marker)
-        number = marker.parent.name.removeprefix("step-")
-        if number.isdigit() and not ended and record is not None and _lives(record):
-            steps.add(int(number))
-    return steps
-
-
-def _remove_stale_results(run_folder: Path, step: int, folder: Path) -> None:
-    """Remove results of an earlier checkpoint of this step, which a resumed run has replaced."""
-    earlier = _read_json(folder / RESULTS)
-    current = export.checkpoint_hash(checkpoint.step_folder(run_folder, step))
-    if earlier is not None and earlier["settings"]["identity"]["model"] != current:
-        (folder / RESULTS).unlink()
-
-
-def _job_environment() -> dict[str, str]:
-    kept = {
-        name: value
-        for name, value in os.environ.items()
-        if name not in _LAUNCHER_VARIABLES and not name.startswith(_LAUNCHER_PREFIXES)
-    }
-    return kept | {"TQDM_MININTERVAL": "60"}  # progress bars would fill the log
-
-
-def _write_pending(folder: Path, pid: int) -> None:
-    record = {"pid": pid, "started": _process_start(pid), "host": socket.gethostname(), "time": time.time()}
-    _write_json(folder / PENDING, record)
-
-
-def _lives(record: dict[str, Any]) -> bool:
-    """Whether the process of a `pending` record is there, and is not another one under the same number."""
-    if record["host"] != socket.gethostname():
-        return time.time() - float(record["time"]) < _UNSEEN_HOST_S
-    started = _process_start(int(record["pid"]))
-    return started is not None and started == record["started"]
-
-
-def _process_start(pid: int) -> int | None:
-    """When a process started, in clock ticks since boot; None if it is not there or a zombie."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
-    except OSError:
-        return None
-    return None if fields[0] in "ZX" else int(fields[19])

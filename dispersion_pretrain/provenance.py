@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import platform
+import shutil
 import subprocess
+import tempfile
 from importlib import metadata
 from pathlib import Path
 
 _PACKAGES = ("torch", "deepspeed", "transformers", "mosaicml-streaming", "tokenizers", "numpy")
+
+_LARGEST_NEW_FILE_BYTES = 2**20
 
 
 def versions() -> dict[str, str]:
@@ -29,6 +34,42 @@ def git_commit() -> str | None:
         return commit + ("+changes" if _git(folder, "status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.SubprocessError):
         return None
+
+
+def save_code_state(folder: Path) -> None:
+    """Keep the source code's state in `folder`: code.txt, and code.diff where it differs from its commit.
+
+    The patch has new files too, up to 1 MiB each; code.txt names those that are larger. `git apply` on the commit
+    brings the code back. Outside a repository code.txt says so.
+    """
+    source, lines = Path(__file__).resolve().parent, ["commit: none, the code is in no git repository"]
+    try:
+        root = Path(_git(source, "rev-parse", "--show-toplevel"))
+        lines = [f"commit: {_git(root, 'rev-parse', 'HEAD')}"]
+        untracked = _git(root, "ls-files", "--others", "--exclude-standard", "-z").split("\0")
+        sizes = {name: (root / name).lstat().st_size for name in untracked if name}
+        lines += [f"left out, {size} bytes: {name}" for name, size in sizes.items() if size > _LARGEST_NEW_FILE_BYTES]
+        new = [name for name, size in sizes.items() if size <= _LARGEST_NEW_FILE_BYTES]
+        patch = _patch(root, new)
+        if patch:
+            lines.append("changes: code.diff")
+            (folder / "code.diff").write_bytes(patch)
+    except (OSError, subprocess.SubprocessError) as error:
+        lines.append(f"not complete: {error}")
+    (folder / "code.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _patch(root: Path, new: list[str]) -> bytes:
+    """What differs from the commit, with the files in `new`; made on a copy of git's index, which stays as it is."""
+    with tempfile.TemporaryDirectory() as scratch:
+        index = Path(scratch) / "index"
+        shutil.copyfile(_git(root, "rev-parse", "--path-format=absolute", "--git-path", "index"), index)
+        environment = {**os.environ, "GIT_INDEX_FILE": str(index)}
+        for start in range(0, len(new), 500):
+            command = ["git", "-C", str(root), "add", "--intent-to-add", "--", *new[start : start + 500]]
+            subprocess.run(command, env=environment, capture_output=True, timeout=60, check=True)
+        command = ["git", "-C", str(root), "diff", "--binary", "--no-ext-diff", "HEAD"]
+        return subprocess.run(command, env=environment, capture_output=True, timeout=60, check=True).stdout
 
 
 def _git(folder: Path, *arguments: str) -> str:

@@ -16,7 +16,7 @@ from dispersion_pretrain import checkpoint, distributed, metrics, provenance
 from dispersion_pretrain.assembly import RunParts
 from dispersion_pretrain.certificate import Certificate, Change, changes_since
 from dispersion_pretrain.config import Settings
-from dispersion_pretrain.evaluate import pending_evaluations
+from dispersion_pretrain.evaluation_jobs import pending_evaluations
 from dispersion_pretrain.export import MODEL_CONFIG_FOLDER, REFERENCE_FILE
 from dispersion_pretrain.faults import Verdict
 from dispersion_pretrain.saving import Description, Saves

@@ -11,13 +11,15 @@ import re
 import types
 import typing
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from dispersion_pretrain.config import Settings
 from dispersion_pretrain.plain_values import PlainLoader, refuse_odd_values, show, show_text
+
+Model = TypeVar("Model", bound=BaseModel)
 
 _MODEL_CONFIG_FOLDER = Path(__file__).resolve().parent.parent / "configs" / "models"
 
@@ -31,11 +33,11 @@ def load_settings(path: str | Path, overrides: list[str] | None = None) -> Setti
     Raises:
         ValueError: any fault, naming file or key, value, rule and cure.
     """
-    tree = _read_yaml(Path(path))
+    tree = read_yaml(Path(path))
     parent_name = tree.pop("extends", None)
     if parent_name is not None:
         parent_path = Path(path).parent / str(parent_name)
-        parent = _read_yaml(parent_path)
+        parent = read_yaml(parent_path)
         if "extends" in parent:
             raise ValueError(
                 f"{parent_path}: a file that is extended extends another. One level of extends is allowed. Write the "
@@ -52,10 +54,15 @@ def load_settings(path: str | Path, overrides: list[str] | None = None) -> Setti
 
 def parse_settings(tree: dict[str, Any], source: str) -> Settings:
     """Check a plain tree. Raises ValueError with one line a fault, prefixed by `source`."""
+    return parse_tree(Settings, tree, source)
+
+
+def parse_tree(model: type[Model], tree: dict[str, Any], source: str) -> Model:
+    """`parse_settings` for any tree of pydantic sections."""
     try:
-        return Settings.model_validate(tree)
+        return model.model_validate(tree)
     except ValidationError as error:
-        lines = [_explain(fault) for fault in error.errors()]
+        lines = [_explain(fault, model) for fault in error.errors()]
         raise ValueError("\n".join(f"{source}: {line}" for line in dict.fromkeys(lines))) from None
 
 
@@ -64,7 +71,8 @@ def dump_settings(settings: Settings) -> str:
     return yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, width=120)
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A file's mapping of plain values. Raises ValueError."""
     try:
         tree = yaml.load(path.read_text(encoding="utf-8"), PlainLoader)
     except FileNotFoundError:
@@ -94,7 +102,7 @@ def _inline_model_config(tree: dict[str, Any], folder: Path) -> None:
     with contextlib.suppress(OSError):  # a name that no file system takes
         for candidate in candidates:
             if candidate.is_file():
-                model["config"] = _read_yaml(candidate)
+                model["config"] = read_yaml(candidate)
                 return
     shipped = sorted(path.stem for path in _MODEL_CONFIG_FOLDER.glob("*.yaml"))
     raise ValueError(
@@ -138,12 +146,12 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     node[last] = value
 
 
-def _explain(fault: Any) -> str:
+def _explain(fault: Any, root: type[BaseModel]) -> str:
     location = [str(part) for part in fault["loc"] if part not in _UNION_TAGS]
     key = ".".join(location) or "settings"
     kind, value = fault["type"], fault.get("input")
     if kind == "extra_forbidden":
-        known = _known_keys(location[:-1])
+        known = _known_keys(location[:-1], root)
         near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
         hint = f"Did you mean {near[0]}?" if near else f"Known here: {', '.join(known)}."
         return f"{key}: unknown key, with the value {show(value)}. {hint}"
@@ -162,8 +170,8 @@ _UNION_TAGS = {
 }
 
 
-def _known_keys(location: list[str]) -> list[str]:
-    section: Any = Settings
+def _known_keys(location: list[str], root: type[BaseModel]) -> list[str]:
+    section: Any = root
     for part in location:
         field = section.model_fields.get(part) if isinstance(section, type) and issubclass(section, BaseModel) else None
         if field is None:

@@ -20,7 +20,7 @@ from dispersion_pretrain.config import CondensationSettings, Settings, Validatio
 from dispersion_pretrain.crash_loop import refuse_crash_loop
 from dispersion_pretrain.data import Batch
 from dispersion_pretrain.engine import start_distributed
-from dispersion_pretrain.evaluate import start_evaluation_job
+from dispersion_pretrain.evaluation_jobs import finish_submissions, start_evaluation_job
 from dispersion_pretrain.faults import NUM_SUMS, StepHealth, Verdict, add_sums, examine
 from dispersion_pretrain.objective import EvaluationOutputs, LossTerms, StepContext
 from dispersion_pretrain.replicas import check_replicas
@@ -194,6 +194,7 @@ def run(settings: Settings, watchdog: Watchdog, *, resume: str = "auto") -> int:
     heartbeat.mark("ending")
     batches.close()
     writer.close()
+    finish_submissions()
     saves.require_saved()
     if step == settings.num_steps:
         return exit_codes.DONE
@@ -327,7 +328,7 @@ def report_save(parts: RunParts, writer: metrics.MetricsWriter, saves: Saves, sa
     writer.write(step, parts.tokens(step), {"checkpoint/write_s": saved.write_s})
     job = settings.evaluation
     if job.every and step % job.every == 0 and saved.tier is saves.shared and distributed.is_main():
-        start_evaluation_job(settings.run_folder, step, job.suite, device=job.device)
+        start_evaluation_job(settings.run_folder, step, job.suite, device=job.device, via=job.via, sbatch=job.sbatch)
 
 
 class ThroughputMeter:

@@ -2,6 +2,7 @@
 """Evaluate one checkpoint or model with a suite of lm-eval tasks.
 
 python launch/evaluate_checkpoint.py --model runs/demo@100 --suite configs/eval/offline.yaml
+python launch/evaluate_checkpoint.py --watch runs/demo --suite configs/eval/offline.yaml   # as they are committed
 python launch/evaluate_checkpoint.py --model FOLDER_OR_HUB_NAME --suite configs/eval/paper.yaml --out results
 """
 
@@ -14,6 +15,7 @@ import sys
 from pathlib import Path
 
 from dispersion_pretrain.evaluate import Options, evaluate_model
+from dispersion_pretrain.evaluation_jobs import watch
 from dispersion_pretrain.suites import format_table
 
 
@@ -23,7 +25,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--model", required=True, help="RUN, RUN@STEP, Hugging Face folder or name on the hub")
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--model", help="RUN, RUN@STEP, Hugging Face folder or name on the hub")
+    which.add_argument(
+        "--watch", type=Path, metavar="RUN", help="every checkpoint of a run, until that of its last step"
+    )
+    parser.add_argument("--poll", type=_positive, default=30, metavar="SECONDS", help="of --watch; default 30")
     parser.add_argument("--suite", required=True, help="configs/eval/paper.yaml, configs/eval/offline.yaml or your own")
     parser.add_argument("--out", type=Path, help="folder; default for a run: RUN/evaluations/SUITE/step-XXXXXXXX")
     parser.add_argument("--corpus", help="held-out text of the offline suite; default: the run's own corpus")
@@ -34,8 +41,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--force", action="store_true", help="repeat what was evaluated before")
     options = vars(parser.parse_args(arguments))
     model, suite, out = options.pop("model"), options.pop("suite"), options.pop("out")
+    watched, poll_s = options.pop("watch"), options.pop("poll")
+    if watched is not None and out is not None:
+        parser.error("--out: each checkpoint of a watched run has a folder of its own. Leave it out.")
     logging.basicConfig(format="%(levelname)s %(message)s")
     try:
+        if watched is not None:
+            return 1 if watch(watched, suite, Options(**options), poll_s) else 0
         results = evaluate_model(model, suite, out, Options(**options))
     except (ValueError, RuntimeError, OSError) as error:
         print(error, file=sys.stderr)

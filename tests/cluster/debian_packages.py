@@ -27,7 +27,9 @@ def require(programs: dict[str, str], also: list[str] | None = None) -> None:
     if os.geteuid() != 0:
         install = ["sudo", "--non-interactive", *install]
     if shutil.which(install[0], path=PATH) is None:
-        raise RuntimeError(f"{', '.join(missing)}: not installed, and {install[0]} is not there to do it. Install them.")
+        raise RuntimeError(
+            f"{', '.join(missing)}: not installed, and {install[0]} is not there to do it. Install them."
+        )
     environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive", "PATH": PATH}
     done = subprocess.run(install, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import psutil
 
-from debian_packages import PATH, SLURM, SLURM_PLUGINS, require
+from cluster.debian_packages import PATH, SLURM, SLURM_PLUGINS, require
 
 _CONFIGURATION = """\
 ClusterName=test
@@ -28,7 +28,7 @@ SlurmctldPort={port}
 SlurmUser={user}
 SlurmdUser={user}
 AuthType=auth/munge
-AuthInfo=socket={folder}/munge/socket,cred_expire=1
+AuthInfo=socket={folder}/munge/socket,cred_expire=5
 CredType=cred/munge
 CommunicationParameters=NoCtldInAddrAny,NoInAddrAny
 StateSaveLocation={folder}/state
@@ -47,7 +47,7 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 SchedulerParameters=batch_sched_delay=0,sched_interval=1,sched_min_interval=1,bf_interval=1
 EnforcePartLimits=ALL
-ReturnToService=2
+ReturnToService=0
 JobRequeue=1
 KillWait=20
 SlurmdTimeout=60
@@ -113,7 +113,7 @@ class SlurmCluster:
         (self.folder / "hosts").write_text(Path("/etc/hosts").read_text() + names)
 
     def _start(self, name: str, *command: str) -> None:
-        inside = f"mount --bind {self.folder}/hosts /etc/hosts && exec \"$@\""
+        inside = f'mount --bind {self.folder}/hosts /etc/hosts && exec "$@"'
         with open(self.folder / f"{name}.log", "ab") as log:
             self.daemons[name] = subprocess.Popen(
                 ["unshare", "--mount", "sh", "-c", inside, "sh", *command],
@@ -213,7 +213,7 @@ def _free_ports(number: int) -> list[int]:
             probe.close()
 
 
-if __name__ == "__main__":  # a cluster to play with: python tests/cluster/slurm_cluster.py
+if __name__ == "__main__":  # a cluster to play with: PYTHONPATH=tests python tests/cluster/slurm_cluster.py
     with SlurmCluster(3) as cluster:
         print(f"export SLURM_CONF={cluster.environment['SLURM_CONF']}", flush=True)
         try:

@@ -12,7 +12,6 @@ from pathlib import Path
 import psutil
 import pytest
 
-from integration.conftest import corpus  # noqa: F401  (a fixture)
 from integration.jobs import Job, pretrain_command, records, write_config
 
 HANG_S = 8.0
@@ -55,7 +54,7 @@ def start(hosts: list[str], config: Path, logs: Path, *arguments: str) -> list[J
 @pytest.mark.timeout(600)
 def test_cut_link_ends_both_sides_and_the_run_goes_on_when_it_is_back(
     hosts: list[str],
-    corpus: Path,  # noqa: F811
+    corpus: Path,
     tmp_path: Path,
 ) -> None:
     run = tmp_path / "run"

@@ -25,8 +25,9 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoTokenizer, PreTrainedModel
 
-from dispersion_pretrain import checkpoint, evaluate, export, suites
-from dispersion_pretrain.evaluate import Options, evaluate_model, pending_evaluations, start_evaluation_job
+from dispersion_pretrain import checkpoint, evaluate, evaluation_jobs, export, suites
+from dispersion_pretrain.evaluate import Options, evaluate_model
+from dispersion_pretrain.evaluation_jobs import pending_evaluations, start_evaluation_job
 from dispersion_pretrain.suites import HeldOut, Suite, averages, format_table, held_out_texts, load_suite
 from small_run import (
     SEQUENCE_LENGTH,
@@ -377,7 +378,7 @@ def test_a_job_is_detached_and_no_rank_of_the_training(
         f"os.rename({str(seen) + '.tmp'!r}, {str(seen)!r})\n"
         "time.sleep(60)\n"
     )
-    monkeypatch.setattr(evaluate, "_SCRIPT", script)
+    monkeypatch.setattr(evaluation_jobs, "_SCRIPT", script)
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS", "CROSS_SIZE"):
         monkeypatch.setenv(name, "1")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,4")
@@ -436,13 +437,13 @@ def test_pending_is_what_lives_and_has_not_ended(tmp_path: Path) -> None:
     wait_for(Path(f"/proc/{child.pid}"))
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
-    evaluate._write_pending(folders[1], os.getpid())
+    evaluate.write_pending(folders[1], os.getpid())
     for step, name in ((2, "results.json"), (3, "failed.json")):
-        evaluate._write_pending(folders[step], os.getpid())
+        evaluate.write_pending(folders[step], os.getpid())
         (folders[step] / name).write_text("{}")
-    evaluate._write_pending(folders[4], dead.pid)
-    evaluate._write_pending(folders[5], child.pid)
-    evaluate._write_pending(folders[6], os.getpid())
+    evaluate.write_pending(folders[4], dead.pid)
+    evaluate.write_pending(folders[5], child.pid)
+    evaluate.write_pending(folders[6], os.getpid())
     record = json.loads((folders[6] / "pending").read_text())
     (folders[6] / "pending").write_text(json.dumps(record | {"started": record["started"] - 1}))  # another process
     (folders[7] / "pending").write_text(json.dumps(record | {"host": "elsewhere"}))
@@ -460,7 +461,7 @@ def test_results_of_a_checkpoint_that_was_replaced_are_removed_when_a_job_starts
     run: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "job.py").write_text("")
-    monkeypatch.setattr(evaluate, "_SCRIPT", tmp_path / "job.py")
+    monkeypatch.setattr(evaluation_jobs, "_SCRIPT", tmp_path / "job.py")
     folder = evaluate.evaluation_folder(run, "offline", 10)
     folder.mkdir(parents=True)
     current = export.checkpoint_hash(checkpoint.step_folder(run, 10))

@@ -13,10 +13,13 @@ from pathlib import Path
 
 import pytest
 
+from dispersion_pretrain import slurm
+from dispersion_pretrain.cluster_file import ClusterSettings
 from dispersion_pretrain.settings_file import load_settings
+from dispersion_pretrain.slurm_script import Origin, Submission, render_script, sbatch_options
 from launch import submit_slurm
-from launch.submit_slurm import Cluster, render_script, sbatch_options
 
+ROOT = Path(__file__).resolve().parents[2]
 NASTY = [
     "$(touch x)", "`touch x`", "two words", "it's", 'say "x"', "new\nline", "a;touch x", "*",
     "${HOME}", "back\\slash", "#c", "-rf", "é",
@@ -50,12 +53,11 @@ printf '%s\\0' "$@" > "$RECORD/python"
 """
 
 
-def cluster(**changes: object) -> Cluster:
+def cluster(**changes: object) -> ClusterSettings:
     values: dict[str, object] = {
-        "nodes": 2, "gpus_per_node": 2, "ranks_per_node": 2, "cpus_per_task": 3,
-        "notice_s": 120, "max_requeues": 5, "named": {"job-name": "t"},
+        "nodes": 2, "gpus_per_node": 2, "cpus_per_task": 3, "notice_s": 120, "max_requeues": 5,
     }  # fmt: skip
-    return Cluster(**(values | changes))  # type: ignore[arg-type]
+    return ClusterSettings.model_validate(values | changes)
 
 
 def executable(path: Path, text: str) -> Path:
@@ -68,7 +70,7 @@ def executable(path: Path, text: str) -> Path:
 class Job:
     """A rendered script beside stand-ins for srun, scontrol and python that record how they were called."""
 
-    def __init__(self, folder: Path, name: str = "plain", **changes: object) -> None:
+    def __init__(self, folder: Path, name: str = "plain", *, elements: int = 1, **changes: object) -> None:
         self.record = folder / "record"
         self.record.mkdir()
         self.working_folder = folder / name
@@ -79,9 +81,12 @@ class Job:
         executable(folder / "slurm" / "scontrol", FAKE_SCONTROL)
         self.path = f"{folder / 'slurm'}:{os.environ['PATH']}"
         self.script = folder / "job.sh"
-        text = render_script(
-            cluster(**changes), folder / "run", self.snapshot, name, str(self.python), self.working_folder
-        )
+        self.run_folder = folder / "run"
+        (self.run_folder / "slurm").mkdir(parents=True, exist_ok=True)
+        runs = [Submission(self.run_folder, self.snapshot)] * elements
+        wanted, origin = cluster(**changes), Origin(name, str(self.python), self.working_folder)
+        options = sbatch_options(wanted, "t", self.run_folder / "slurm" / "%j.log", elements=elements)
+        text = render_script(options, wanted, runs, origin)
         self.script.write_text(text, encoding="utf-8")
 
     def start(self, srun_exit_code: int = 0, **extra: str) -> subprocess.Popen[str]:
@@ -139,7 +144,7 @@ def test_script_is_clean_and_its_values_arrive_unchanged(tmp_path: Path, name: s
     code, output = job.run()
 
     assert code == 0, output
-    assert job.recorded("python") == [str(submit_slurm._PRETRAIN), "--config", str(job.snapshot)]
+    assert job.recorded("python") == [str(ROOT / "launch" / "pretrain.py"), "--config", str(job.snapshot)]
     assert job.recorded("environment")[-1] == str(job.working_folder)
     assert not list(tmp_path.rglob("x")), "a value was run as a command"
 
@@ -220,33 +225,104 @@ def test_signals_reach_the_ranks_and_the_exit_code_is_that_of_srun(
     assert job.requeues == (["requeue 12345"] if requeued else [])
 
 
-@pytest.mark.parametrize("name", sorted(submit_slurm._SBATCH_VALUES))
-@pytest.mark.parametrize("value", ["a\n#SBATCH --uid=0", "1\n", "a b", 'a"', "a'", "a\\", "", "a#b", "$(touch x)"])
+@pytest.mark.parametrize("name", [*sorted(slurm.VALUES), "mem"])
+@pytest.mark.parametrize("value", ["a\n#SBATCH --uid=0", "1\n", "a b", 'a"', "a'", "a\\", "a#b", "$(touch x)"])
 def test_sbatch_values_cannot_leave_their_line(name: str, value: str) -> None:
     with pytest.raises(ValueError, match=f"--{name}: "):
-        sbatch_options(cluster(named={name: value}), Path("/runs/a/slurm"))
+        slurm.option(name, value)
+
+
+@pytest.mark.parametrize("name", sorted(slurm.VALUES))
+def test_named_options_are_not_empty(name: str) -> None:
+    with pytest.raises(ValueError, match=f"--{name}: "):
+        slurm.option(name, "")
+
+
+@pytest.mark.parametrize("name", ["wrap", "output", "requeue", "a b", "--mem", "mem\n#SBATCH"])
+def test_options_that_the_script_sets_itself_and_odd_names_are_refused(name: str) -> None:
+    with pytest.raises(ValueError, match="A long option of sbatch without its dashes"):
+        cluster(sbatch={name: "1"})
 
 
 @pytest.mark.parametrize("folder", ['/runs/a"b', "/runs/a\n#SBATCH --uid=0", "/runs/50%", "/runs/a\\b"])
 def test_log_folder_that_sbatch_would_misread_is_refused(folder: str) -> None:
     with pytest.raises(ValueError, match=r"run\.folder: "):
-        sbatch_options(cluster(), Path(folder))
+        sbatch_options(cluster(), "t", Path(folder) / "%j.log")
 
 
 def test_sbatch_options_state_what_was_asked() -> None:
-    named = {
-        "job-name": "run-1",
-        "partition": "gpu,big",
-        "time": "1-12:00:00",
-        "constraint": "(h100|h200)&ib",
-    }
-    options = sbatch_options(cluster(named=named), Path("/runs/two words/slurm"))
-    assert [f"--{name}={value}" for name, value in named.items()] == options[:4]
-    assert options[4:] == [
-        "--nodes=2", "--ntasks-per-node=2", "--cpus-per-task=3", "--gpus-per-node=2",
+    named = {"partition": "gpu,big", "time": "1-12:00:00", "constraint": "(h100|h200)&ib", "reservation": "tuesday"}
+    log = Path("/runs/two words/slurm/%j.log")
+    wanted = cluster(**named, sbatch={"mem": "0", "exclusive": ""})
+    options = sbatch_options(wanted, "run-1", log, dependency="afterok:7", elements=3, at_once=2)
+    assert options == [
+        "--job-name=run-1", *(f"--{name}={value}" for name, value in named.items()), "--mem=0", "--exclusive",
+        "--nodes=2", "--ntasks-per-node=2", "--cpus-per-task=3", "--gpus-per-node=2", "--array=0-2%2",
+        "--dependency=afterok:7", "--kill-on-invalid-dep=yes",
         '--output="/runs/two words/slurm/%j.log"', "--open-mode=append", "--signal=B:USR1@120", "--requeue",
     ]  # fmt: skip
-    assert not any("gpus" in option for option in sbatch_options(cluster(gpus_per_node=0), Path("/runs/slurm")))
+    plain = sbatch_options(cluster(gpus_per_node=0), "t", log)
+    assert not any("gpus" in option or "array" in option or "dependency" in option for option in plain)
+
+
+@pytest.mark.parametrize("index", ["0", "2"])
+def test_element_of_an_array_is_requeued_by_its_index(tmp_path: Path, index: str) -> None:
+    job = Job(tmp_path, elements=3)
+    code, output = job.run(85, SLURM_ARRAY_JOB_ID="12345", SLURM_ARRAY_TASK_ID=index)
+    assert code == 85, output
+    assert job.requeues == [f"requeue 12345_{index}"]  # 12345 alone would be the whole array
+    line = json.loads((job.run_folder / "slurm" / "requeues.jsonl").read_text())
+    assert (line["job"], line["requeue"], line["exit_code"]) == (f"12345_{index}", 1, 85) and "asked" in line["reason"]
+
+
+def test_job_whose_nodes_fail_again_and_again_is_left_alone(tmp_path: Path) -> None:
+    job = Job(tmp_path, max_requeues=5)
+    code, output = job.run(SLURM_RESTART_COUNT="6")
+    assert code == 1 and "at most 5" in output
+    assert not (job.record / "srun").exists()
+
+
+NASTY_VALUE = " ".join(NASTY)
+
+
+def test_exported_variables_and_setup_lines_reach_the_ranks(tmp_path: Path) -> None:
+    record = f'printf %s "$NASTY" > {tmp_path}/setup; export NASTY=other'
+    job = Job(tmp_path, export={"NASTY": NASTY_VALUE}, shell_setup=f"false; {record}; echo $UNSET")
+    executable(job.python, '#!/bin/bash\nprintf %s "$NASTY" > "$RECORD/nasty"\n')
+    checked = subprocess.run([shellcheck(), "-S", "warning", str(job.script)], capture_output=True, check=False)
+    assert checked.returncode == 0, checked.stdout
+    code, output = job.run(NASTY="before")
+    assert code == 0, output
+    assert (tmp_path / "setup").read_text() == "before"
+    assert (job.record / "nasty").read_text() == NASTY_VALUE
+    assert not list(tmp_path.rglob("x")), "a value was run as a command"
+
+
+def test_container_of_pyxis_is_an_option_of_srun(tmp_path: Path) -> None:
+    container = {"image": "/images/a b.sqsh", "mounts": ["/data"]}
+    job = Job(tmp_path, container=container)
+    executable(tmp_path / "slurm" / "python", FAKE_PYTHON)
+    code, output = job.run()
+    assert code == 0, output
+    work, run = job.working_folder, job.run_folder
+    assert [part for part in job.recorded("srun") if part.startswith("--container")] == [
+        "--container-image=/images/a b.sqsh",
+        f"--container-mounts={work}:{work},{run}:{run},/data",
+        f"--container-workdir={work}",
+    ]
+
+
+def test_container_of_apptainer_wraps_each_rank(tmp_path: Path) -> None:
+    container = {"image": "a b.sif", "runtime": "apptainer", "mounts": ["/data:/d"], "code": "/code"}
+    job = Job(tmp_path, container=container)
+    executable(tmp_path / "slurm" / "apptainer", '#!/bin/bash\nprintf "%s\\0" "$RANK" "$@" > "$RECORD/apptainer"\n')
+    code, output = job.run()
+    assert code == 0, output
+    work, run = str(job.working_folder), str(job.run_folder)
+    assert job.recorded("apptainer") == [
+        "3", "exec", "--nv", "--bind", f"{work}:{work}", "--bind", f"{run}:{run}", "--bind", "/data:/d", "--pwd", work,
+        "a b.sif", "python", "/code/launch/pretrain.py", "--config", str(job.snapshot),
+    ]  # fmt: skip
 
 
 @pytest.fixture
@@ -275,13 +351,14 @@ def test_submission_keeps_the_resolved_settings_beside_its_script(
     settings = load_settings(Path(script).parent / "config.yaml")
     assert (flag, settings.run.seed, settings.data.corpus) == ("--parsable", 7, corpus)
     assert Path(script).parent.parent == project / "runs" / "tiny-run" / "slurm"
-    assert f"--config \\\n    {script[: -len('job.sh')]}config.yaml" in Path(script).read_text()
+    assert f"\nconfig={script[: -len('job.sh')]}config.yaml\n" in Path(script).read_text()
     assert "#SBATCH --job-name=tiny-run\n" in Path(script).read_text()
     printed = capsys.readouterr().out
     for needed in (
         "77",
         str(project / "runs" / "tiny-run"),
-        "squeue --job 77",
+        "launch/runs.py",
+        str(project / "runs" / "tiny-run" / "slurm" / "77.log"),
         "scancel --batch --signal=TERM 77",
         "2 nodes, 4 ranks",
     ):
@@ -299,7 +376,15 @@ def test_dry_run_prints_the_script_and_leaves_nothing(project: Path, capsys: pyt
     ("changes", "message"),
     [
         (["--nodes", "3"], "training.global_batch_tokens"),
-        (["--ranks-per-node", "1"], "--ranks-per-node"),
+        (["--ranks-per-node", "1"], "ranks_per_node: 1 with 2 GPUs a node"),
+        (["--export", "NAME"], "--export: 'NAME' has no value"),
+        (["--export", "A B=1"], "export.A B"),
+        (["--export", "HF_TOKEN=hf_x"], "looks like a secret"),
+        (["--after", "7;8"], "--after: '7;8'"),
+        (["--array", "3-1"], "--array: '3-1'"),
+        (["--array", "1", "0-2"], "seed 1 is there twice"),
+        (["--config", "config.yaml", "config.yaml"], "would be that of 2 runs"),
+        (["--cluster", "absent.yaml"], "absent.yaml: no such file"),
         (["--partition", "a\nb"], "--partition"),
         (["--override", "run.sed=1"], "run.sed"),
     ],

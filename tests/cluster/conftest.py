@@ -1,0 +1,3 @@
+from __future__ import annotations
+
+from integration.conftest import corpus  # noqa: F401  (a fixture)

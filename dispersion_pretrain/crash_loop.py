@@ -91,7 +91,7 @@ def refuse_crash_loop(settings: Settings, *, resume: str) -> None:
 def _record_last(folder: Path) -> list[End]:
     """The ends of all starts, the last one's added; its heartbeats are gone afterwards."""
     path, beats_folder = folder / ENDS_FILE, folder / heartbeat.FOLDER
-    ends = _read_ends(path)
+    ends = read_ends(path)
     beats, start = heartbeat.read_beats(beats_folder), _last_start(folder)
     if beats and start is not None:
         end = conclude(beats, *start)
@@ -138,7 +138,8 @@ def _names(beats: Iterable[Beat]) -> str:
     return f"rank {ranks[0]} was" if len(ranks) == 1 else f"{len(ranks)} ranks were"
 
 
-def _read_ends(path: Path) -> list[End]:
+def read_ends(path: Path) -> list[End]:
+    """How the starts of a run ended, oldest first; lines that are not whole are left out."""
     if not path.exists():
         return []
     ends = []

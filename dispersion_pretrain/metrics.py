@@ -165,7 +165,7 @@ class MetricsWriter:
                     step=f"{step:,}",
                     loss=f"{values['loss/total']:.4f}",
                     speed=f"{values.get('tokens_per_s', math.nan):,.0f}",
-                    eta=_clock(eta_s),
+                    eta=format_duration(eta_s),
                 )
             else:
                 self._bar.console.print(_other_line(step, values), highlight=False)
@@ -301,7 +301,7 @@ _LINE = [  # metric key, label, format
 def _training_line(step: int, tokens: int, values: Mapping[str, float], eta_s: float) -> str:
     parts = [f"step {step}", f"tokens {tokens:,}"]
     parts += [f"{label} {values[key]:{form}}" for key, label, form in _LINE if key in values]
-    return " | ".join([*parts, f"ETA {_clock(eta_s)}"])
+    return " | ".join([*parts, f"ETA {format_duration(eta_s)}"])
 
 
 def _other_line(step: int, values: Mapping[str, float]) -> str:
@@ -309,7 +309,8 @@ def _other_line(step: int, values: Mapping[str, float]) -> str:
     return " | ".join([f"step {step}", *shown])
 
 
-def _clock(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
+    """Seconds as [Nd ]h:mm:ss; - for what is not finite."""
     if not math.isfinite(seconds):
         return "-"
     minutes, second = divmod(round(seconds), 60)

@@ -6,6 +6,7 @@ the jobs, see a /etc/hosts of their own. Nothing outside the cluster's folder is
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -65,6 +66,7 @@ class SlurmCluster:
         self.daemons: dict[str, subprocess.Popen[bytes]] = {}
         self.environment = {"SLURM_CONF": str(self.folder / "slurm.conf"), "PATH": PATH}
         self._cores = cores
+        self._spaces: dict[str, str] = {}
 
     def __enter__(self) -> SlurmCluster:
         if os.geteuid() != 0:
@@ -82,6 +84,8 @@ class SlurmCluster:
             for node in self.nodes:
                 self._start(node, "slurmd", "-D", "-N", node, "-f", self.environment["SLURM_CONF"])
             wait_for(lambda: len(self._idle()) == len(self.nodes), 60, self.logs)
+            # A node is known by the mounts that only its processes see.
+            self._spaces = {node: os.readlink(f"/proc/{self.daemons[node].pid}/ns/mnt") for node in self.nodes}
         except BaseException:
             self.stop()
             raise
@@ -157,30 +161,34 @@ class SlurmCluster:
     def _logs(self) -> list[Path]:
         return sorted(self.folder.glob("*.log"))
 
-    def processes(self) -> list[psutil.Process]:
-        """Processes of this cluster besides its daemons: steps, and what they run."""
-        daemons = {daemon.pid for daemon in self.daemons.values()}
+    def processes(self, *nodes: str) -> list[psutil.Process]:
+        """What runs on the nodes (all, if none is named) besides their daemons: steps, and the ranks in them."""
+        daemons = [self.daemons[node] for node in nodes or self.nodes if node in self.daemons]
+        spaces = {self._spaces[node] for node in nodes or self.nodes if node in self._spaces}
         found = []
         for process in psutil.process_iter():
             try:
-                mine = process.environ().get("SLURM_CONF") == self.environment["SLURM_CONF"]
-            except (psutil.Error, OSError):
+                if os.readlink(f"/proc/{process.pid}/ns/mnt") in spaces:
+                    found.append(process)
+            except OSError:
                 continue
-            if mine and process.pid not in daemons | {os.getpid()} and "SLURM_JOB_ID" in process.environ():
-                found.append(process)
-        return found
+        return [process for process in found if process.pid not in {daemon.pid for daemon in daemons}]
+
+    def power_off(self, node: str) -> None:
+        """Kill the daemon and everything else on a node, and tell the controller, as a health check would."""
+        self.daemons[node].kill()
+        _kill(self.processes(node))
+        self.daemons[node].wait(10)
+        self.call("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=test")
 
     def stop(self) -> None:
         """End all jobs, then the daemons; whatever is left of the jobs is killed by its process id."""
         if "slurmctld" in self.daemons and self.daemons["slurmctld"].poll() is None:
+            user = f"--user={psutil.Process().username()}"
             environment = {**os.environ, **self.environment}
-            subprocess.run(["scancel", "--state=PENDING"], env=environment, timeout=20, check=False)
-            subprocess.run(["scancel", "--full", "--signal=KILL"], env=environment, timeout=20, check=False)
-        for process in self.processes():
-            try:
-                process.kill()
-            except psutil.NoSuchProcess:
-                continue
+            for how in (["--state=PENDING"], ["--full", "--signal=KILL"]):
+                subprocess.run(["scancel", user, *how], env=environment, capture_output=True, timeout=20, check=False)
+        _kill(self.processes())
         for name in [*reversed(self.nodes), "slurmctld", "munged"]:
             daemon = self.daemons.get(name)
             if daemon is None:
@@ -192,6 +200,12 @@ class SlurmCluster:
                 daemon.kill()
                 daemon.wait(10)
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _kill(processes: list[psutil.Process]) -> None:
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 def wait_for(condition: Callable[[], bool], timeout_s: float, explain: Callable[[], str] = str) -> None:

@@ -20,10 +20,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from cluster.slurm_cluster import SlurmCluster, wait_for
 from dispersion_pretrain import checkpoint
+from dispersion_pretrain.evaluation_jobs import pending_evaluations, start_evaluation_job
 from integration.jobs import ROOT, environment, finish, pretrain_command, records, trajectory, write_config
 
 NASTY = '$(touch x) `touch x` it\'s; "two" words * # ${HOME} \\ é'
-EVALUATED_STEP = 150
+CHECKPOINT_STEPS = 20
 
 
 @pytest.fixture(scope="module")
@@ -48,8 +49,8 @@ def settings_of(folder: Path, corpus: Path, **training: object) -> Path:
     """A run without an end of its own, whose first steps do not depend on when it ends."""
     return write_config(
         folder, corpus, training={"max_tokens": 10**8, **training}, schedule={"kind": "constant"}, validation=None,
-        checkpoint={"every_steps": 50, "keep_last": 1}, faults={"hang_s": 120}, run={"doctor": False},
-        evaluation={"every": EVALUATED_STEP, "via": "slurm", "sbatch": {"time": "5", "cpus-per-task": "1"}},
+        checkpoint={"every_steps": CHECKPOINT_STEPS, "keep_last": 1}, faults={"hang_s": 120}, run={"doctor": False},
+        evaluation={"via": "slurm", "sbatch": {"time": "5", "cpus-per-task": "1", "hold": ""}},
     )  # fmt: skip
 
 
@@ -62,7 +63,7 @@ def disturbed(slurm: SlurmCluster, corpus: Path, tmp_path_factory: pytest.TempPa
     """A run on two nodes: warned of its time limit, deprived of a node, stopped, submitted again, and ended."""
     folder = tmp_path_factory.mktemp("disturbed")
     config, run = settings_of(folder, corpus), folder / "run"
-    job = submit(slurm, config, "--nodes", "2", "--time", "1", "--notice", "25")
+    job = submit(slurm, config, "--nodes", "2", "--time", "30", "--notice", "200")
     log = run / "slurm" / f"{job}.log"
 
     def explain() -> str:
@@ -73,30 +74,35 @@ def disturbed(slurm: SlurmCluster, corpus: Path, tmp_path_factory: pytest.TempPa
         assert found["JobState"] not in ("FAILED", "CANCELLED", "COMPLETED", "TIMEOUT"), explain()
         return found["Restarts"] == str(restarts) and found["JobState"] == "RUNNING" and last_step(run) >= after
 
-    # The limit is a minute, and Slurm rounds up to whole ones: this start is warned about 35 s after its begin.
-    wait_for(lambda: slurm.job(job)["Restarts"] == "1", 150, explain)
+    # Slurm looks at limits, which are whole minutes, every 30 s: this one leaves it 45 s to 105 s for its warning.
+    wait_for(lambda: trains_again(0, 20), 150, explain)
+    hours, minutes, seconds = (int(part) for part in slurm.job(job)["RunTime"].split(":"))
+    limit = (hours * 3600 + minutes * 60 + seconds + 45) // 60 + 1
+    slurm.call("scontrol", "update", f"JobId={job}", f"TimeLimit={limit}")
+    wait_for(lambda: slurm.job(job)["Restarts"] == "1", 100, explain)
     slurm.call("scontrol", "update", f"JobId={job}", "TimeLimit=30")
     warned = last_step(run)
     wait_for(lambda: trains_again(1, warned + 20), 150, explain)
     second = submit(slurm, config, "--nodes", "2", expected=2)
 
     nodes = slurm.call("scontrol", "show", "hostnames", slurm.job(job)["NodeList"]).split()
-    slurm.call("scontrol", "update", f"NodeName={nodes[1]}", "State=DOWN", "Reason=test")
+    slurm.power_off(nodes[1])
     wait_for(lambda: slurm.job(job)["Restarts"] == "2", 60, explain)
     down = last_step(run)
-    wait_for(lambda: trains_again(2, down + 20), 150, explain)
+    wait_for(lambda: trains_again(2, down + 5), 150, explain)
     spared = slurm.call("scontrol", "show", "hostnames", slurm.job(job)["NodeList"]).split()
-    slurm.call("scontrol", "update", f"NodeName={nodes[1]}", "State=RESUME")
 
     slurm.call("scancel", "--batch", "--signal=TERM", job)
     wait_for(lambda: slurm.job(job)["JobState"] == "FAILED", 60, explain)
     stopped, ended = last_step(run), slurm.job(job)
-    again = submit(slurm, config, "--nodes", "2", "--override", f"training.max_tokens={512 * (stopped + 5)}")
-    wait_for(lambda: slurm.job(again)["JobState"] not in ("PENDING", "RUNNING", "COMPLETING"), 120, slurm.logs)
+    steps = (stopped // CHECKPOINT_STEPS + 1) * CHECKPOINT_STEPS
+    overrides = [f"training.max_tokens={512 * steps}", f"evaluation.every={CHECKPOINT_STEPS}"]
+    again = submit(slurm, config, "--nodes", "2", "--override", *overrides)
+    wait_for(lambda: slurm.job(again)["JobState"] not in ("PENDING", "RUNNING", "COMPLETING"), 150, slurm.logs)
     return SimpleNamespace(
         folder=folder, run=run, job=job, log=log.read_text(), second=second, nodes=nodes, spared=spared, ended=ended,
-        again=slurm.job(again), again_log=(run / "slurm" / f"{again}.log").read_text(), steps=stopped + 5,
-        warned=warned, stopped=stopped,
+        again=slurm.job(again), again_log=(run / "slurm" / f"{again}.log").read_text(), steps=steps, warned=warned,
+        stopped=stopped,
     )  # fmt: skip
 
 
@@ -119,7 +125,8 @@ def test_stop_saves_and_is_no_requeue_and_the_same_command_goes_on(disturbed: Si
     assert "stopped on request, exit code 85" in disturbed.log
     assert (disturbed.ended["Restarts"], disturbed.ended["ExitCode"]) == ("2", "85:0")
     assert f"step {disturbed.stopped}, state saved" in disturbed.log
-    assert disturbed.again["JobState"] == "COMPLETED" and "resume: exact" in disturbed.again_log
+    assert disturbed.again["JobState"] == "COMPLETED", disturbed.again_log
+    assert "resume: data and random state exact" in disturbed.again_log
 
 
 def test_second_job_for_a_run_is_refused(disturbed: SimpleNamespace) -> None:
@@ -130,24 +137,32 @@ def test_losses_are_those_of_an_undisturbed_run_without_slurm(
     disturbed: SimpleNamespace, corpus: Path, tmp_path: Path
 ) -> None:
     config = settings_of(tmp_path, corpus, max_tokens=512 * disturbed.steps)
-    finish(pretrain_command(config, "evaluation.every=null", launcher="torchrun"), tmp_path / "log")
+    finish(pretrain_command(config, launcher="torchrun"), tmp_path / "log")
     expected = trajectory(tmp_path / "run")
     assert len(expected) == disturbed.steps and trajectory(disturbed.run) == expected
 
 
-def test_evaluation_ran_in_a_job_of_its_own_and_its_scores_are_at_its_step(
-    disturbed: SimpleNamespace, slurm: SlurmCluster
+def test_evaluation_is_a_job_of_its_own_that_protects_its_checkpoint_and_scores_at_its_step(
+    disturbed: SimpleNamespace, slurm: SlurmCluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = disturbed.run / "evaluations" / "offline" / f"step-{EVALUATED_STEP:08d}"
-    wait_for((folder / "results.json").exists, 120, lambda: str([path.name for path in folder.glob("*")]))
+    for name, value in slurm.environment.items():
+        monkeypatch.setenv(name, value)
+    folder = disturbed.run / "evaluations" / "offline" / f"step-{disturbed.steps:08d}"
     job = (folder / "job.id").read_text().strip()
-    assert job != disturbed.job and slurm.job(job)["NumNodes"] == "1"
-    results = json.loads((folder / "results.json").read_text())
-    scores = results["results"]["held_out_text"]
-    board = EventAccumulator(str(disturbed.run / "tensorboard" / "evaluation"))
-    wait_for(lambda: bool(board.Reload().Tags()["scalars"]), 20)
+    assert slurm.job(job)["Reason"] == "JobHeldUser"
+    assert pending_evaluations(disturbed.run) == {disturbed.steps}
+    start_evaluation_job(disturbed.run, disturbed.steps, "configs/eval/offline.yaml", via="slurm")
+    assert (folder / "job.id").read_text().strip() == job, "what waits already is not submitted again"
+
+    slurm.call("scontrol", "release", job)
+    wait_for(lambda: slurm.job(job)["JobState"] == "COMPLETED", 120, lambda: (folder / "log.txt").read_text())
+    assert pending_evaluations(disturbed.run) == set()
+    scores = json.loads((folder / "results.json").read_text())["results"]["held_out_text"]
+    board = EventAccumulator(str(disturbed.run / "tensorboard" / "evaluation")).Reload()
     found = {event.step: event.value for event in board.Scalars("evaluation/held_out_text/bits_per_byte")}
-    assert found[EVALUATED_STEP] == pytest.approx(scores["bits_per_byte"], rel=1e-6)
+    assert found == {disturbed.steps: pytest.approx(scores["bits_per_byte"], rel=1e-6)}
+    start_evaluation_job(disturbed.run, disturbed.steps, "configs/eval/offline.yaml", via="slurm")
+    assert (folder / "job.id").read_text().strip() == job, "what was evaluated is not submitted again"
 
 
 def test_code_of_a_submission_is_kept_beside_its_settings(disturbed: SimpleNamespace) -> None:
@@ -166,7 +181,7 @@ def test_array_of_seeds_with_values_that_are_no_commands(slurm: SlurmCluster, co
     config = settings_of(tmp_path, awkward)
     job = submit(
         slurm, config, "--nodes", "1", "--array", "3-4", "--export", f"NASTY={NASTY}", "--override",
-        "run.folder=" + str(tmp_path / "it's $(touch x) run"), "evaluation.every=null", "--time", "10",
+        "run.folder=" + str(tmp_path / "it's $(touch x) run"), "training.micro_batch=4", "--time", "10",
     )  # fmt: skip
     runs = [tmp_path / f"it's $(touch x) run-seed{seed}" for seed in (3, 4)]
     sweep = next((tmp_path / "sweeps").iterdir())
@@ -174,10 +189,9 @@ def test_array_of_seeds_with_values_that_are_no_commands(slurm: SlurmCluster, co
     def explain() -> str:
         return "\n".join(path.read_text()[-2000:] for path in sweep.glob("*.log")) + slurm.logs()
 
-    wait_for(lambda: all(last_step(run) >= 60 for run in runs), 150, explain)
-    ranks = [process for process in slurm.processes() if "RANK" in process.environ()]
-    values = [process.environ()["NASTY"] for process in ranks if "pretrain.py" in " ".join(process.cmdline())]
-    assert values and set(values) == {NASTY}
+    wait_for(lambda: all(last_step(run) > CHECKPOINT_STEPS for run in runs), 150, explain)
+    ranks = [process for process in slurm.processes() if process.environ().get("LOCAL_RANK") == "0"]
+    assert ranks and {process.environ()["NASTY"] for process in ranks} == {NASTY}
     losses = [{record["step"]: record.get("loss/total") for record in records(run)}[1] for run in runs]
     assert losses[0] != losses[1], "each seed is a run of its own"
 
@@ -195,7 +209,7 @@ def test_array_of_seeds_with_values_that_are_no_commands(slurm: SlurmCluster, co
 
     saved = last_step(runs[1])
     wait_for(lambda: last_step(runs[1]) > saved, 120, explain)
-    assert "resume: exact" in (sweep / f"{job}_1.log").read_text()
+    assert "resume: data and random state exact" in (sweep / f"{job}_1.log").read_text()
     slurm.call("scancel", job)
     assert not [path for path in tmp_path.rglob("x") if path.name == "x"], "a value was run as a command"
     assert not (ROOT / "x").exists() and not Path(os.environ.get("HOME", "/"), "x").exists()

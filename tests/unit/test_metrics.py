@@ -254,8 +254,8 @@ def test_a_bar_on_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize(
     ("seconds", "shown"), [(0.4, "0:00:00"), (61, "0:01:01"), (90_061, "1d 1:01:01"), (math.nan, "-")]
 )
-def test_clock(seconds: float, shown: str) -> None:
-    assert metrics._clock(seconds) == shown
+def test_duration(seconds: float, shown: str) -> None:
+    assert metrics.format_duration(seconds) == shown
 
 
 # ---- speed and memory

@@ -61,6 +61,7 @@ ALLOWED: dict[str, set[str]] = {
     "saving": {"checkpoint", "distributed", "host_copy", "retention"},
     "reshard": {"distributed"},
     "crash_loop": {"config", "distributed", "exit_codes", "heartbeat", "metrics", "provenance", "settings_file"},
+    "run_list": {"crash_loop", "exit_codes", "heartbeat", "metrics", "slurm", "submission"},
     "zero_gradients": set(),
     "engine": {"config", "heartbeat", "layout", "optim", "reshard", "zero_gradients"},
     "export": {"checkpoint", "config", "engine", "model", "settings_file"},

@@ -71,7 +71,7 @@ class TwoHosts:
                 self._boot(name)
             for name in self.names:
                 there = self.command("left", "ssh", name, "true")
-                wait_for(lambda there=there: subprocess.run(there, capture_output=True).returncode == 0, 30)  # type: ignore[misc]
+                wait_for(lambda there=there: subprocess.run(there, capture_output=True).returncode == 0, 30)
         except BaseException:
             self.stop()
             raise

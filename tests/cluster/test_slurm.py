@@ -21,6 +21,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from cluster.slurm_cluster import SlurmCluster, wait_for
 from dispersion_pretrain import checkpoint
 from dispersion_pretrain.evaluation_jobs import pending_evaluations, start_evaluation_job
+from dispersion_pretrain.run_list import list_runs
 from integration.jobs import ROOT, environment, finish, pretrain_command, records, trajectory, write_config
 
 NASTY = '$(touch x) `touch x` it\'s; "two" words * # ${HOME} \\ é'
@@ -74,15 +75,26 @@ def disturbed(slurm: SlurmCluster, corpus: Path, tmp_path_factory: pytest.TempPa
         assert found["JobState"] not in ("FAILED", "CANCELLED", "COMPLETED", "TIMEOUT"), explain()
         return found["Restarts"] == str(restarts) and found["JobState"] == "RUNNING" and last_step(run) >= after
 
+    listed = []
+
+    def look() -> None:
+        with pytest.MonkeyPatch.context() as context:
+            for name, value in slurm.environment.items():
+                context.setenv(name, value)
+            (found,) = list_runs([folder])
+        listed.append((found.state, found.job))
+
     # Slurm looks at limits, which are whole minutes, every 30 s: this one leaves it 45 s to 105 s for its warning.
     wait_for(lambda: trains_again(0, 20), 150, explain)
     hours, minutes, seconds = (int(part) for part in slurm.job(job)["RunTime"].split(":"))
     limit = (hours * 3600 + minutes * 60 + seconds + 45) // 60 + 1
     slurm.call("scontrol", "update", f"JobId={job}", f"TimeLimit={limit}")
     wait_for(lambda: slurm.job(job)["Restarts"] == "1", 100, explain)
+    look()
     slurm.call("scontrol", "update", f"JobId={job}", "TimeLimit=30")
     warned = last_step(run)
     wait_for(lambda: trains_again(1, warned + 20), 150, explain)
+    look()
     second = submit(slurm, config, "--nodes", "2", expected=2)
 
     nodes = slurm.call("scontrol", "show", "hostnames", slurm.job(job)["NodeList"]).split()
@@ -99,10 +111,11 @@ def disturbed(slurm: SlurmCluster, corpus: Path, tmp_path_factory: pytest.TempPa
     overrides = [f"training.max_tokens={512 * steps}", f"evaluation.every={CHECKPOINT_STEPS}"]
     again = submit(slurm, config, "--nodes", "2", "--override", *overrides)
     wait_for(lambda: slurm.job(again)["JobState"] not in ("PENDING", "RUNNING", "COMPLETING"), 150, slurm.logs)
+    look()
     return SimpleNamespace(
         folder=folder, run=run, job=job, log=log.read_text(), second=second, nodes=nodes, spared=spared, ended=ended,
         again=slurm.job(again), again_log=(run / "slurm" / f"{again}.log").read_text(), steps=steps, warned=warned,
-        stopped=stopped,
+        stopped=stopped, listed=listed, again_job=again,
     )  # fmt: skip
 
 
@@ -122,11 +135,16 @@ def test_job_goes_on_without_the_node_that_failed(disturbed: SimpleNamespace) ->
 
 
 def test_stop_saves_and_is_no_requeue_and_the_same_command_goes_on(disturbed: SimpleNamespace) -> None:
-    assert "stopped on request, exit code 85" in disturbed.log
+    assert "stopped by SIGTERM, exit code 85; submit again to resume" in disturbed.log
     assert (disturbed.ended["Restarts"], disturbed.ended["ExitCode"]) == ("2", "85:0")
     assert f"step {disturbed.stopped}, state saved" in disturbed.log
     assert disturbed.again["JobState"] == "COMPLETED", disturbed.again_log
     assert "resume: data and random state exact" in disturbed.again_log
+
+
+def test_list_of_runs_tells_where_it_stood(disturbed: SimpleNamespace) -> None:
+    first, again = disturbed.job, disturbed.again_job
+    assert disturbed.listed == [("requeued", first), ("running", first), ("ended", again)]
 
 
 def test_second_job_for_a_run_is_refused(disturbed: SimpleNamespace) -> None:

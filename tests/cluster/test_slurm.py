@@ -27,6 +27,8 @@ from integration.jobs import ROOT, environment, finish, pretrain_command, record
 NASTY = '$(touch x) `touch x` it\'s; "two" words * # ${HOME} \\ é'
 CHECKPOINT_STEPS = 20
 
+pytestmark = pytest.mark.timeout(600)  # the job of all tests is part of the one that comes first
+
 
 @pytest.fixture(scope="module")
 def slurm() -> Iterator[SlurmCluster]:
@@ -119,7 +121,6 @@ def disturbed(slurm: SlurmCluster, corpus: Path, tmp_path_factory: pytest.TempPa
     )  # fmt: skip
 
 
-@pytest.mark.timeout(600)
 def test_job_is_warned_of_its_limit_saves_and_is_requeued(disturbed: SimpleNamespace) -> None:
     assert f"stopped by SIGUSR1: step {disturbed.warned}, state saved" in disturbed.log
     requeue = "exit code 85: saved before the announced end of the job"
@@ -192,7 +193,6 @@ def test_code_of_a_submission_is_kept_beside_its_settings(disturbed: SimpleNames
         assert (folder / "config.yaml").exists() and (folder / "job.sh").exists()
 
 
-@pytest.mark.timeout(400)
 def test_array_of_seeds_with_values_that_are_no_commands(slurm: SlurmCluster, corpus: Path, tmp_path: Path) -> None:
     awkward = tmp_path / f"corpus {NASTY.replace('/', '')}"
     shutil.copytree(corpus, awkward)

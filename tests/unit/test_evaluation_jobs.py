@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import pytest
 from dispersion_pretrain import checkpoint, evaluate, evaluation_jobs, retention
 from dispersion_pretrain.evaluation_jobs import finish_submissions, pending_evaluations, start_evaluation_job
 from small_run import launch_script, save_step, small_model, small_settings, write_corpus, write_run
+from unit.test_slurm_script import shellcheck
 
 ROOT = Path(__file__).resolve().parents[2]
 OFFLINE = str(ROOT / "configs" / "eval" / "offline.yaml")
@@ -64,6 +66,8 @@ def test_job_of_slurm_evaluates_its_checkpoint_once_and_is_no_part_of_the_traini
     folder = start(run, partition="small", gpus="1")
     script = (folder / "job.sh").read_text()
     assert "#SBATCH --job-name=it_s_a_run-offline-10\n#SBATCH --partition=small\n#SBATCH --gpus=1\n" in script
+    checked = subprocess.run([shellcheck(), str(folder / "job.sh")], capture_output=True, text=True, check=False)
+    assert checked.returncode == 0, checked.stdout
     told = dict(line.partition("=")[::2] for line in (slurm / "environment").read_text().splitlines())
     assert told["SLURM_CONF"] == "/etc/slurm.conf"
     assert not {"SLURM_JOB_ID", "SLURM_NTASKS", "RANK", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS"} & set(told)

@@ -37,7 +37,7 @@ BUSY_ANSWER = (
 _libc = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
     """Between fork and exec: the kernel kills the server when this process dies, however it dies."""
     if _libc is not None:
         _libc.prctl(1, signal.SIGKILL)
@@ -133,7 +133,7 @@ class S3Server:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 cwd=folder,
-                preexec_fn=_die_with_parent,
+                preexec_fn=die_with_parent,
             )
         deadline = time.monotonic() + START_TIMEOUT_S
         while time.monotonic() < deadline and self.process.poll() is None:

@@ -12,7 +12,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -21,6 +20,7 @@ from pathlib import Path
 import psutil
 
 from cluster.debian_packages import PATH, SLURM, SLURM_PLUGINS, require
+from s3_server import die_with_parent
 
 _CONFIGURATION = """\
 ClusterName=test
@@ -127,6 +127,7 @@ class SlurmCluster:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                preexec_fn=die_with_parent,
             )
 
     def call(self, *command: str) -> str:
@@ -229,8 +230,7 @@ def _free_ports(number: int) -> list[int]:
 
 if __name__ == "__main__":  # a cluster to play with: PYTHONPATH=tests python tests/cluster/slurm_cluster.py
     with SlurmCluster(3) as cluster:
+        ends = {signal.SIGINT, signal.SIGTERM}
+        signal.pthread_sigmask(signal.SIG_BLOCK, ends)
         print(f"export SLURM_CONF={cluster.environment['SLURM_CONF']}", flush=True)
-        try:
-            signal.sigwait({signal.SIGINT, signal.SIGTERM})
-        finally:
-            sys.stdout.flush()
+        signal.sigwait(ends)

@@ -66,6 +66,7 @@ def disturbed(slurm: SlurmCluster, corpus: Path, tmp_path_factory: pytest.TempPa
     """A run on two nodes: warned of its time limit, deprived of a node, stopped, submitted again, and ended."""
     folder = tmp_path_factory.mktemp("disturbed")
     config, run = settings_of(folder, corpus), folder / "run"
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     job = submit(slurm, config, "--nodes", "2", "--time", "30", "--notice", "200")
     log = run / "slurm" / f"{job}.log"
 
@@ -117,7 +118,7 @@ def disturbed(slurm: SlurmCluster, corpus: Path, tmp_path_factory: pytest.TempPa
     return SimpleNamespace(
         folder=folder, run=run, job=job, log=log.read_text(), second=second, nodes=nodes, spared=spared, ended=ended,
         again=slurm.job(again), again_log=(run / "slurm" / f"{again}.log").read_text(), steps=steps, warned=warned,
-        stopped=stopped, listed=listed, again_job=again,
+        stopped=stopped, listed=listed, again_job=again, commit=commit,
     )  # fmt: skip
 
 
@@ -186,10 +187,10 @@ def test_evaluation_is_a_job_of_its_own_that_protects_its_checkpoint_and_scores_
 
 def test_code_of_a_submission_is_kept_beside_its_settings(disturbed: SimpleNamespace) -> None:
     submissions = sorted(path.parent for path in (disturbed.run / "slurm").glob("*/submission.json"))
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert len(submissions) == 2
+    assert f"commit: {disturbed.commit}" in (submissions[0] / "code.txt").read_text()
     for folder in submissions:
-        assert f"commit: {commit}" in (folder / "code.txt").read_text()
+        assert (folder / "code.txt").read_text().startswith("commit: ")
         assert (folder / "config.yaml").exists() and (folder / "job.sh").exists()
 
 

@@ -15,6 +15,7 @@ import psutil
 
 from cluster.debian_packages import HOSTS, PATH, require
 from cluster.slurm_cluster import wait_for
+from s3_server import die_with_parent
 
 _BOOT = """\
 hostname "$1" && mount --bind "$2/hosts" /etc/hosts && mount --bind "$2/ssh_config" /etc/ssh/ssh_config &&
@@ -106,6 +107,7 @@ class TwoHosts:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                preexec_fn=die_with_parent,
             )
         wait_for(lambda: bool(self._first(name)), 10)
 

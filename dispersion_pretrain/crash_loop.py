@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import shutil
 from collections.abc import Iterable
@@ -18,10 +19,12 @@ from typing import Any
 from dispersion_pretrain import distributed, exit_codes, heartbeat, provenance
 from dispersion_pretrain.config import Settings
 from dispersion_pretrain.heartbeat import Beat
-from dispersion_pretrain.metrics import STARTS_FILE, append_line, cut_torn_line
+from dispersion_pretrain.metrics import METRICS_FILE, STARTS_FILE, append_line, cut_torn_line
 from dispersion_pretrain.settings_file import dump_settings
 
 ENDS_FILE = "ends.jsonl"
+
+_TAIL_BYTES = 1 << 18  # of metrics.jsonl, in which the last record is looked for
 
 # What a rank says whose peer has gone: not the cause.
 _OF_A_PEER = re.compile(
@@ -75,7 +78,9 @@ def refuse_crash_loop(settings: Settings, *, resume: str) -> None:
         RuntimeError: the run folder cannot be written; on every rank.
     """
     folder = settings.run_folder
-    ends = distributed.from_main(f"{folder}: cannot record how the last start ended", lambda: _record_last(folder))
+    ends = distributed.from_main(
+        f"{folder}: cannot record how the last start ended", lambda: _record_last(folder, settings.logging.every_steps)
+    )
     current = distributed.from_main(f"{folder}: cannot read versions", lambda: _fingerprint(dump_settings(settings)))
     if resume != "auto" or len(ends) < 2 or ends[-1].fingerprint != current or not ends[-1].repeats(ends[-2]):
         return
@@ -88,13 +93,15 @@ def refuse_crash_loop(settings: Settings, *, resume: str) -> None:
     )
 
 
-def _record_last(folder: Path) -> list[End]:
+def _record_last(folder: Path, log_every_steps: int) -> list[End]:
     """The ends of all starts, the last one's added; its heartbeats are gone afterwards."""
     path, beats_folder = folder / ENDS_FILE, folder / heartbeat.FOLDER
     ends = read_ends(path)
     beats, start = heartbeat.read_beats(beats_folder), _last_start(folder)
     if beats and start is not None:
-        end = conclude(beats, *start)
+        first_step, fingerprint, metrics_bytes = start
+        logged = None if metrics_bytes is None else _last_logged(folder / METRICS_FILE, metrics_bytes) or first_step
+        end = conclude(beats, first_step, fingerprint, logged_step=logged, log_every_steps=log_every_steps)
         if not ends or ends[-1].time != end.time:  # else a kill came between the two lines below
             cut_torn_line(path)
             append_line(path, asdict(end))
@@ -103,8 +110,17 @@ def _record_last(folder: Path) -> list[End]:
     return ends
 
 
-def conclude(beats: dict[int, Beat], first_step: int, fingerprint: str) -> End:
+def conclude(
+    beats: dict[int, Beat],
+    first_step: int,
+    fingerprint: str,
+    *,
+    logged_step: int | None = None,
+    log_every_steps: int = 1,
+) -> End:
     """How a start ended whose ranks left these heartbeats.
+
+    `logged_step` is the last one of which the start wrote a record, or its first; None where that is not known.
 
     Of several reasons the one counts that can be a cause: a hang or an error before a rank that was killed (launchers
     kill the others), and that before a broken connection, which only says that a peer had gone.
@@ -126,8 +142,13 @@ def conclude(beats: dict[int, Beat], first_step: int, fingerprint: str) -> End:
         reason = f"{_names(killed)} killed (by the system for memory, or with its machine?)"
         # A rank that was killed is known by its last heartbeat; one that saw the connection break knows the step.
         precise = [beat.step for beat in own]
-        uncertain = 1 if precise else 1 + max(beat.pace_steps for beat in killed)
-        step = max(precise) if precise else max(beat.step for beat in killed)
+        if precise:
+            return End(last_sign, first_step, max(precise), None, reason, 1, fingerprint)
+        step, uncertain = max(beat.step for beat in killed), 1 + max(beat.pace_steps for beat in killed)
+        if logged_step is not None and step <= logged_step + log_every_steps:  # else records were not written
+            latest = min(step + uncertain, logged_step + log_every_steps)
+            step = max(step, logged_step)
+            uncertain = max(1, latest - step)
         return End(last_sign, first_step, step, None, reason, uncertain, fingerprint)
     first = min(own, key=lambda beat: beat.rank)
     return End(last_sign, first_step, first.step, first.exit_code, first.reason, 1, fingerprint)
@@ -151,14 +172,36 @@ def read_ends(path: Path) -> list[End]:
     return ends
 
 
-def _last_start(folder: Path) -> tuple[int, str] | None:
-    """First step and fingerprint of the last start; None where the run folder does not tell."""
+def _last_start(folder: Path) -> tuple[int, str, int | None] | None:
+    """First step and fingerprint of the last start, and how long metrics.jsonl was before it (None in older runs).
+
+    None where the run folder does not tell.
+    """
     try:
         start: dict[str, Any] = json.loads((folder / STARTS_FILE).read_text(encoding="utf-8").splitlines()[-1])
         settings = (folder / "config.yaml").read_text(encoding="utf-8")
-        return start["resumed_from_step"], _fingerprint(settings, start["versions"], start["git_commit"])
+        fingerprint = _fingerprint(settings, start["versions"], start["git_commit"])
+        return start["resumed_from_step"], fingerprint, start.get("metrics_bytes")
     except (OSError, ValueError, LookupError):
         return None
+
+
+def _last_logged(path: Path, before_bytes: int) -> int | None:
+    """The last step of which there is a record behind the first `before_bytes` bytes of metrics.jsonl."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(max(before_bytes, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
+            lines = file.read().splitlines()
+    except OSError:
+        return None
+    for line in reversed(lines):
+        try:
+            record = json.loads(line)
+            if "loss/total" in record:
+                return int(record["step"])
+        except (ValueError, TypeError, LookupError):  # a line that a kill cut, or the middle of one
+            continue
+    return None
 
 
 def _fingerprint(settings: str, versions: dict[str, str] | None = None, commit: str | None = None) -> str:

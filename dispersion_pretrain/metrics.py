@@ -210,6 +210,12 @@ def append_start(run_folder: Path | str, record: Mapping[str, Any]) -> None:
         append_line(path, {"time": time.time(), **record})
 
 
+def size_of_records(run_folder: Path | str) -> int:
+    """Return the bytes of metrics.jsonl; what a start adds comes behind them."""
+    path = Path(run_folder) / METRICS_FILE
+    return path.stat().st_size if path.exists() else 0
+
+
 def read_metrics(run_folder: Path | str) -> list[dict[str, Any]]:
     """Return the figures of a run, one record a step, ascending; of a step written twice the last values.
 

@@ -130,6 +130,7 @@ def compare_environments(runs: list[Run]) -> tuple[list[Row], list[Row]]:
         one = dict(_flatten(run.starts[-1])) if run.starts else {}
         if one:
             one["starts"] = str(len(run.starts))
+            one.pop("metrics_bytes", None)
             seconds = run.starts[-1].get("time", math.nan)
             if is_finite(seconds):
                 one["time"] = f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%d %H:%M} UTC"

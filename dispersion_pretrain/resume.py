@@ -277,6 +277,7 @@ def prepare_run_folder(parts: RunParts, first_step: int) -> None:
                 "device": torch.cuda.get_device_name(parts.device) if parts.device.type == "cuda" else "cpu",
                 "hostname": socket.gethostname(),
                 "resumed_from_step": first_step,
+                "metrics_bytes": metrics.size_of_records(folder),
                 "parameters": parts.size.parameters,
                 "versions": provenance.versions(),
                 "git_commit": provenance.git_commit(),

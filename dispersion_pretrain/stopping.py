@@ -1,4 +1,4 @@
-"""Stopping early with the state saved: by a signal, or because run.max_time is nearly over."""
+"""Stopping early with the state saved: by a signal, because run.max_time is nearly over, or without a launcher."""
 
 from __future__ import annotations
 
@@ -33,6 +33,7 @@ class Stopping:
         *,
         leave_at_once: Callable[[int, str], None] | None = None,
         age_s: Callable[[], float] | None = None,
+        is_orphan: Callable[[], bool] = lambda: False,
     ) -> None:
         """Take over the signals; to be called on the main thread.
 
@@ -40,11 +41,12 @@ class Stopping:
             max_time: as run.max_time; counted from the start of the process.
             leave_at_once: called from another thread with an exit code and a reason, when a signal came twice.
             age_s: seconds since the process began; by default those that pass while it is suspended count too.
+            is_orphan: whether the launcher has ended, so that nobody could stop this process.
         """
         self.reason = "a signal to another rank, or its time limit"
         self._signal_noted = False
         self._limit_s = None if max_time is None else seconds_of(max_time)
-        self._age_s = age_s or process_age_s
+        self._age_s, self._is_orphan = age_s or process_age_s, is_orphan
         self._leave_at_once = leave_at_once or _leave
         self._save_s, self._has_saved = 0.0, False
         self._step_s = 0.0
@@ -90,6 +92,9 @@ class Stopping:
             self.reason = (
                 f"run.max_time: {age_s:.0f} s of {self._limit_s} are over, and a save takes up to {self._save_s:.0f}"
             )
+            return True
+        if not self._signal_noted and self._is_orphan():
+            self.reason = "the end of its launcher"
             return True
         return self._signal_noted
 

@@ -22,9 +22,11 @@ from dispersion_pretrain.data import Batch
 from dispersion_pretrain.engine import start_distributed
 from dispersion_pretrain.evaluation_jobs import finish_submissions, start_evaluation_job
 from dispersion_pretrain.faults import NUM_SUMS, StepHealth, Verdict, add_sums, examine
+from dispersion_pretrain.launcher import Launcher
 from dispersion_pretrain.objective import EvaluationOutputs, LossTerms, StepContext
 from dispersion_pretrain.replicas import check_replicas
 from dispersion_pretrain.resume import open_saves, prepare_run_folder, resume_run, roll_back_run, save_run
+from dispersion_pretrain.run_lock import only_start
 from dispersion_pretrain.saving import Saved, Saves
 from dispersion_pretrain.stopping import Stopping
 from dispersion_pretrain.watchdog import Watchdog
@@ -113,12 +115,20 @@ def run(settings: Settings, watchdog: Watchdog, *, resume: str = "auto") -> int:
     Raises:
         ValueError: settings, corpus and model do not fit together.
         RuntimeError: a damaged checkpoint or corpus, a resume that cannot be exact, numbers that are not finite
-            (as `faults` says), ranks whose weights differ.
+            (as `faults` says), ranks whose weights differ, another start at work in the run folder.
         CrashLoopError: the last two starts failed at one step.
     """
+    launcher = Launcher()
     heartbeat.mark("joining the other ranks", heartbeat.LONG)
     device = start_distributed(settings.faults.hang_s)
-    stop = Stopping(settings.run.max_time, leave_at_once=watchdog.leave_at_once)
+    stop = Stopping(settings.run.max_time, leave_at_once=watchdog.leave_at_once, is_orphan=launcher.is_gone)
+    heartbeat.mark("waiting for an earlier start to end", heartbeat.LONG)
+    with only_start(settings.run_folder, launcher.is_gone):
+        return run_alone(settings, watchdog, stop, device, resume)
+
+
+def run_alone(settings: Settings, watchdog: Watchdog, stop: Stopping, device: torch.device, resume: str) -> int:
+    """`run`, once the ranks have joined and no other start is at work in the run folder. Collective: world."""
     refuse_crash_loop(settings, resume=resume)
     heartbeat.mark("assembling the run", heartbeat.LONG)
     parts = assemble(settings, device)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from dispersion_pretrain import provenance
+from dispersion_pretrain import metrics, provenance
 from dispersion_pretrain.config import Settings
 from dispersion_pretrain.crash_loop import CrashLoopError, End, conclude, refuse_crash_loop
 from dispersion_pretrain.heartbeat import Beat, write_beat
@@ -79,18 +80,24 @@ def settings(tmp_path: Path) -> Settings:
             "model": {"config": {"model_type": "gpt2"}},
             "data": {"corpus": "c", "sequence_length": 32},
             "training": {"global_batch_tokens": 32, "max_tokens": 64},
+            "logging": {"every_steps": 2},
         },
         "test",
     )
 
 
-def leave(settings: Settings, *beats: Beat, first_step: int = 100) -> None:
-    """What a start leaves that ended so."""
+def leave(settings: Settings, *beats: Beat, first_step: int = 100, logged: Sequence[int] = ()) -> None:
+    """What a start leaves that ended so, having written records of the steps `logged`."""
     folder = settings.run_folder
     (folder / "config.yaml").write_text(dump_settings(settings))
     start = {
-        "resumed_from_step": first_step, "versions": provenance.versions(), "git_commit": provenance.git_commit()
+        "resumed_from_step": first_step, "versions": provenance.versions(), "git_commit": provenance.git_commit(),
+        "metrics_bytes": metrics.size_of_records(folder),
     }  # fmt: skip
+    for step in logged:
+        metrics.append_line(folder / "metrics.jsonl", {"step": step, "loss/total": 1.0})
+    if logged:  # of a save that began earlier
+        metrics.append_line(folder / "metrics.jsonl", {"step": logged[0] - 4, "checkpoint/write_s": 1.0})
     with open(folder / "starts.jsonl", "a") as file:
         file.write(json.dumps(start) + "\n")
     (folder / "heartbeats").mkdir()
@@ -120,6 +127,28 @@ def test_third_start_is_refused_until_something_changes(settings: Settings) -> N
 def test_start_that_came_further_clears_it(settings: Settings) -> None:
     for moment, step in enumerate([120, 130, 120]):
         leave(settings, beat(0, exit_code=1, reason=NAN, step=step, time=float(moment)))
+        refuse_crash_loop(settings, resume="auto")
+
+
+def test_kills_at_different_steps_are_no_loop_though_heartbeats_are_seldom(settings: Settings) -> None:
+    """With 40 steps from one heartbeat to the next, all that is known of both kills from heartbeats may be one step."""
+    for moment, logged in enumerate([[101, 108], [105, 116], [], [113, 124]]):
+        leave(settings, beat(0, step=100, pace_steps=40, time=float(moment)), logged=logged)
+        refuse_crash_loop(settings, resume="auto")
+    ends = [json.loads(line) for line in (settings.run_folder / "ends.jsonl").read_text().splitlines()]
+    assert [(end["step"], end["uncertain_steps"]) for end in ends] == [(108, 2), (116, 2), (100, 2), (124, 2)]
+    leave(settings, beat(0, step=124, pace_steps=40, time=9.0), logged=[121, 124])
+    with pytest.raises(CrashLoopError, match="rank 0 was killed"):
+        refuse_crash_loop(settings, resume="auto")
+
+
+def test_heartbeats_count_where_records_were_not_written(settings: Settings) -> None:
+    """A full disk: a kill for memory in one step is known for a loop all the same."""
+    for moment, step in enumerate([130, 155]):
+        leave(settings, beat(0, step=step, pace_steps=40, time=float(moment)), logged=[101])
+        if moment == 0:
+            refuse_crash_loop(settings, resume="auto")
+    with pytest.raises(CrashLoopError, match="rank 0 was killed"):
         refuse_crash_loop(settings, resume="auto")
 
 

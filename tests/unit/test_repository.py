@@ -27,6 +27,7 @@ ALLOWED: dict[str, set[str]] = {
     "hang_report": {"heartbeat"},
     "watchdog": {"exit_codes", "hang_report", "heartbeat"},
     "stopping": {"exit_codes"},
+    "launcher": {"heartbeat"},
     "config": set(),
     "plain_values": set(),
     "settings_file": {"config", "plain_values"},
@@ -62,6 +63,7 @@ ALLOWED: dict[str, set[str]] = {
     "reshard": {"distributed"},
     "crash_loop": {"config", "distributed", "exit_codes", "heartbeat", "metrics", "provenance", "settings_file"},
     "run_list": {"crash_loop", "exit_codes", "heartbeat", "metrics", "slurm", "submission"},
+    "run_lock": {"distributed", "heartbeat"},
     "zero_gradients": set(),
     "engine": {"config", "heartbeat", "layout", "optim", "reshard", "zero_gradients"},
     "export": {"checkpoint", "config", "engine", "model", "settings_file"},
@@ -82,8 +84,8 @@ ALLOWED: dict[str, set[str]] = {
     },
     "train": {
         "assembly", "baselines", "certificate", "checkpoint", "condensation", "config", "crash_loop", "data",
-        "distributed", "engine", "evaluation_jobs", "exit_codes", "faults", "heartbeat", "metrics", "model",
-        "objective", "optim", "replicas", "resume", "saving", "stopping", "watchdog",
+        "distributed", "engine", "evaluation_jobs", "exit_codes", "faults", "heartbeat", "launcher", "metrics", "model",
+        "objective", "optim", "replicas", "resume", "run_lock", "saving", "stopping", "watchdog",
     },
     "doctor": {
         "assembly", "config", "data", "distributed", "engine", "layout", "metrics", "model", "objective",

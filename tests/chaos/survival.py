@@ -1,0 +1,241 @@
+"""A run that is killed again and again, and what must be true of it in the end."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from dispersion_pretrain import checkpoint
+from integration.jobs import Job, pretrain_command, trajectory, write_config
+
+CHAOTIC = Path(__file__).with_name("chaotic_pretrain.py")
+NUM_STEPS = 100
+SEQUENCES = 4  # of a global batch
+SAVE_EVERY = 4
+RANKS = 2
+CRASH_LOOP = 87
+
+
+@dataclass(frozen=True)
+class Kill:
+    """When and whom: after `after_s` seconds of a start, or before a write of a save by the process itself."""
+
+    who: str  # "one rank", "all ranks", "launcher", "job"
+    after_s: float | None = None
+    rank: int = 0
+    point: int | None = None
+    name: str = ""  # of the write
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a kill."""
+
+    kill: Kill
+    victim: str  # whom it met: before there are ranks it meets the launcher
+    start: float  # when the killed start began
+    lost_steps: int = 0  # that had to be done again
+    first_step_s: float | None = None  # of the next start, to its first update; None where it made none
+    refused: int = 0  # starts that ended as a crash loop, before the record of ends was removed as the message says
+
+
+class Survivor:
+    """One run folder and all starts in it."""
+
+    def __init__(self, folder: Path, corpus: Path) -> None:
+        self.folder, self.run = folder, folder / "run"
+        folder.mkdir(parents=True)
+        self.config = write_config(
+            folder,
+            corpus,
+            run={"doctor": False},
+            training={"global_batch_tokens": SEQUENCES * 64, "max_tokens": NUM_STEPS * SEQUENCES * 64},
+            dispersion={"pool_sequences": SEQUENCES},
+            validation={"every_steps": 10, "sequences": 4},
+            checkpoint={
+                "every_steps": SAVE_EVERY,
+                "keep_last": 2,
+                "local_folder": str(folder / "disk"),
+                "local_every_steps": 2,
+            },
+        )
+        self.starts, self.started_s = 0, 0.0
+        self.outcomes: list[Outcome] = []
+        self.seconds = 0.0  # of the start that came to the end
+        self.processes: set[psutil.Process] = set()
+
+    def start(self, **variables: str) -> Job:
+        """The same command as ever; only the executioner's orders differ."""
+        self.starts += 1
+        command = [
+            str(CHAOTIC) if word.endswith("launch/pretrain.py") else word for word in pretrain_command(self.config)
+        ]
+        self.started_s = time.monotonic()
+        variables |= {"CHAOS_FOLDER": str(self.folder), "CHAOS_STARTED": repr(self.started_s)}
+        job = Job(["env", *(f"{key}={value}" for key, value in variables.items()), *command], self.log)
+        self.processes.add(psutil.Process(job.process.pid))
+        return job
+
+    @property
+    def log(self) -> Path:
+        return self.folder / f"log-{self.starts:03d}"
+
+    def lines(self, name: str) -> list[dict[str, Any]]:
+        """What the witness wrote, by all starts in order."""
+        path = self.folder / name
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def last_step(self) -> int:
+        """The last step done, by whichever rank."""
+        return max(
+            (lines[-1]["step"] for rank in range(RANKS) if (lines := self.lines(f"samples_{rank}.jsonl"))), default=0
+        )
+
+    def is_done(self) -> bool:
+        return NUM_STEPS in checkpoint.committed_steps(self.run)
+
+    # ---- killing
+
+    def strike(self, job: Job, kill: Kill, dice: random.Random) -> str | None:
+        """Wait for the moment and kill; return whom, None if the start ended before. Waits for the end of the job.
+
+        After the launcher's death nothing is waited for: its orphans meet the next start.
+        """
+        if kill.after_s is None:
+            job.wait()
+            self.note_processes(job)
+            return None if self.is_done() else kill.who
+        deadline = time.monotonic() + kill.after_s
+        while time.monotonic() < deadline:
+            if job.process.poll() is not None:
+                return None
+            time.sleep(min(0.05, max(0.0, deadline - time.monotonic())))
+        family = self.note_processes(job)
+        ranks = [process for process in family if _is_rank(process)]
+        if kill.who == "job":
+            job.kill()
+            return "job"
+        if kill.who == "launcher" or not ranks:
+            launchers = [process for process in family if process not in ranks]
+            victim = dice.choice(launchers)
+            victim.kill()
+            if victim.pid == job.process.pid:
+                job.process.wait(60)
+            return "launcher"
+        for victim in ranks if kill.who == "all ranks" else [dice.choice(ranks)]:
+            if victim.is_running():
+                victim.kill()
+        job.wait(120)
+        return kill.who
+
+    def note_processes(self, job: Job) -> list[psutil.Process]:
+        """The processes of a job that live now, the launcher first; remembered, so that none is forgotten alive."""
+        try:
+            top = psutil.Process(job.process.pid)
+            family = [top, *top.children(recursive=True)]
+        except psutil.NoSuchProcess:
+            return []
+        self.processes |= set(family)
+        return family
+
+    def suffer(self, kill: Kill, dice: random.Random) -> Outcome | None:
+        """Start and kill; None where the start came to its end unharmed. `measured` completes what is returned."""
+        sentence = {}
+        if kill.point is not None:
+            # The second save from here: the first clears away what the kill before has left.
+            step = SAVE_EVERY * (-(-(self.last_step() + 1) // SAVE_EVERY) + 1)
+            if step > NUM_STEPS:
+                return None
+            who = "job" if kill.who == "job" else "rank"
+            sentence = {"CHAOS_KILL": f"{step} {kill.rank} {kill.point} {who}"}
+        job = self.start(**sentence)
+        refused = 0
+        victim = self.strike(job, kill, dice)
+        while job.process.poll() == CRASH_LOOP:
+            refused += 1
+            (self.run / "ends.jsonl").unlink()  # what the message advises
+            job = self.start(**sentence)
+            victim = self.strike(job, kill, dice)
+        if victim is None:
+            assert job.process.returncode == 0, f"{kill}: ended with {job.process.returncode}:\n{job.output()}"
+            return None
+        self.outcomes.append(Outcome(kill, victim, self.started_s, refused=refused))
+        return self.outcomes[-1]
+
+    def finish(self) -> None:
+        """The same command once more, to the end of the run; then nothing of any start may live on."""
+        refused, began_s = 0, time.monotonic()
+        while not self.is_done():
+            job = self.start()
+            code = job.wait()
+            if code == CRASH_LOOP and not refused:
+                refused += 1
+                (self.run / "ends.jsonl").unlink()
+            else:
+                assert code == 0, f"exit code {code}:\n{job.output()}"
+        self.seconds = time.monotonic() - began_s
+        _, alive = psutil.wait_procs(self.processes, 30)
+        assert not alive, f"live on: {alive}"
+
+    # ---- what must be true
+
+    def measured(self) -> list[Outcome]:
+        """The kills, with the steps that each cost and the seconds until the next start had made an update."""
+        lines, found = self.lines("samples_0.jsonl"), []
+        for number, outcome in enumerate(self.outcomes):
+            own = [line for line in lines if line["start"] == outcome.start]
+            after = [line for line in lines if line["start"] > outcome.start]
+            lost = own[-1]["step"] - (after[0]["step"] - 1) if own and after else 0
+            next_kill = self.outcomes[number + 1].start if number + 1 < len(self.outcomes) else math.inf
+            first_step_s = after[0]["after_s"] if after and after[0]["start"] <= next_kill else None
+            found.append(replace(outcome, lost_steps=lost, first_step_s=first_step_s))
+        return found
+
+    def check(self, undisturbed: Survivor) -> None:
+        """The losses of every step, the samples of every step and the last checkpoint are the undisturbed run's."""
+        mine, theirs = trajectory(self.run), trajectory(undisturbed.run)
+        wrong = [step for step in theirs if mine.get(step) != theirs[step]]
+        assert not wrong and mine.keys() == theirs.keys(), f"{self.folder}: other figures at steps {wrong[:9]}"
+        self.check_samples()
+        for step in checkpoint.committed_steps(undisturbed.run):
+            own, other = (checkpoint.step_folder(one.run, step) for one in (self, undisturbed))
+            assert checkpoint.verify(own) == [], own
+            assert _hashes(own) == _hashes(other), f"{own}: another state than undisturbed"
+
+    def check_samples(self) -> None:
+        """Every position of the data stream went into exactly one update of the state that the run ended with.
+
+        An update that a kill undid was made again from an older state, so the last record of a step counts. Each
+        earlier one must name the same samples: what a kill undid is repeated, and nothing else takes its place.
+        """
+        used: list[int] = []
+        for rank in range(RANKS):
+            by_step: dict[int, list[list[int]]] = {}
+            for line in self.lines(f"samples_{rank}.jsonl"):
+                by_step.setdefault(line["step"], []).append(line["samples"])
+            assert sorted(by_step) == list(range(1, NUM_STEPS + 1)), f"{self.folder}: steps are missing on rank {rank}"
+            for step, records in by_step.items():
+                assert all(record == records[-1] for record in records), f"rank {rank}, step {step}: {records}"
+                used += records[-1]
+        assert sorted(used) == list(range(NUM_STEPS * SEQUENCES)), f"{self.folder}: not every sample once"
+
+
+def _is_rank(process: psutil.Process) -> bool:
+    try:
+        words = process.cmdline()
+    except psutil.Error:
+        return False
+    return len(words) > 2 and words[2] == str(CHAOTIC)
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    """Of the files that hold the state."""
+    files = json.loads((folder / checkpoint.MANIFEST).read_text())["files"]
+    return {name: entry["sha256"] for name, entry in files.items()}

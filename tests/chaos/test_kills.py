@@ -1,0 +1,109 @@
+"""Kill a run at random moments and at the writes of its saves: what it ends with is what an undisturbed run ends with.
+
+Six kills; with CHAOS_FULL=1 (`make chaos`) fifty random ones and every write. CHAOS_SEED repeats a choice.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import statistics
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+
+from chaos.survival import RANKS, SAVE_EVERY, Kill, Outcome, Survivor
+from integration.conftest import corpus  # noqa: F401  (a fixture)
+
+FULL = os.environ.get("CHAOS_FULL") == "1"
+VICTIMS = ["one rank", "all ranks", "launcher"]
+COUNTED_SAVE = 10 * SAVE_EVERY  # a save in the middle of a run: it removes an older checkpoint as well
+
+
+@pytest.fixture(scope="module")
+def undisturbed(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Survivor:  # noqa: F811
+    """Also says how long a run takes (`Survivor.seconds`) and of which writes a save consists."""
+    run = Survivor(tmp_path_factory.mktemp("chaos") / "undisturbed", corpus)
+    run.finish()
+    run.check_samples()
+    return run
+
+
+def writes_of_a_save(run: Survivor) -> list[Kill]:
+    """A kill before each write of each rank."""
+    found = []
+    for rank in range(RANKS):
+        (save,) = [line for line in run.lines(f"points_{rank}.jsonl") if line["step"] == COUNTED_SAVE]
+        assert save["tier"] == "shared"
+        for point, name in enumerate(save["writes"]):
+            found.append(Kill(("one rank", "job")[point % 2], rank=rank, point=point, name=name))
+    return found
+
+
+def survive(
+    kills: Iterable[Kill], folder: Path, texts: Path, undisturbed: Survivor, dice: random.Random
+) -> list[Outcome]:
+    """Do all kills, in as many runs over the corpus `texts` as they need, and check each run in the end."""
+    outcomes: list[Outcome] = []
+    waiting, number = list(kills), 0
+    while waiting:
+        run = Survivor(folder / f"run-{number:02d}", texts)
+        while waiting and not run.is_done():
+            began = time.monotonic()
+            outcome = run.suffer(waiting[0], dice)
+            what = f"{len(outcomes) + 1}: {waiting[0]}"
+            if outcome is None:
+                break
+            print(
+                f"{what} met {outcome.victim} at step {run.last_step()}, {time.monotonic() - began:.0f} s", flush=True
+            )
+            outcomes.append(outcome)
+            waiting.pop(0)
+        run.finish()
+        run.check(undisturbed)
+        outcomes[len(outcomes) - len(run.outcomes) :] = run.measured()
+        print(f"run {number}: {len(run.outcomes)} kills, {run.starts} starts, as undisturbed", flush=True)
+        number += 1
+    return outcomes
+
+
+def describe(outcome: Outcome) -> str:
+    kill = outcome.kill
+    if kill.point is None:
+        return f"killed: {outcome.victim} after {kill.after_s:.1f} s"
+    return f"killed: {outcome.victim} before write {kill.point} of rank {kill.rank}, {kill.name}"
+
+
+def print_table(outcomes: list[Outcome]) -> None:
+    print(f"\n{'kill':42} {'kills':>5} {'lost steps':>16} {'refused':>7} {'start to first update, s':>26}")
+    print(f"{'':42} {'':>5} {'median':>10} {'max':>5} {'':>7} {'median':>20} {'max':>5}")
+    rows: dict[str, list[Outcome]] = {}
+    for outcome in outcomes:
+        kind = "before a write of a save" if outcome.kill.point is not None else "at a random moment"
+        rows.setdefault(f"{outcome.victim}, {kind}", []).append(outcome)
+    rows["all"] = outcomes
+    for kind, group in rows.items():
+        lost = [outcome.lost_steps for outcome in group]
+        seconds = [outcome.first_step_s for outcome in group if outcome.first_step_s is not None] or [float("nan")]
+        print(
+            f"{kind:42} {len(group):5} {statistics.median(lost):10.0f} {max(lost):5} "
+            f"{sum(outcome.refused for outcome in group):7} {statistics.median(seconds):20.1f} {max(seconds):5.1f}"
+        )
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200 if FULL else 400)
+def test_kills_change_nothing(corpus: Path, undisturbed: Survivor, tmp_path: Path) -> None:  # noqa: F811
+    seed = int(os.environ.get("CHAOS_SEED", random.SystemRandom().randrange(10**6)))
+    dice = random.Random(seed)
+    writes = writes_of_a_save(undisturbed)
+    print(f"CHAOS_SEED={seed}; an undisturbed run takes {undisturbed.seconds:.0f} s, a save {len(writes)} writes")
+    number = 50 if FULL else 3
+    moments = [Kill(VICTIMS[i % 3], after_s=dice.uniform(0, undisturbed.seconds)) for i in range(number)]
+    if not FULL:
+        writes = dice.sample(writes, 3)
+    outcomes = survive([*moments, *writes], tmp_path, corpus, undisturbed, dice)
+    print_table(outcomes)
+    assert len(outcomes) == number + len(writes), "every write was reached"

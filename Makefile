@@ -20,7 +20,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # start whole runs and wait for them, come first.
 SIDE_BY_SIDE := -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help setup corpus demo test test-cluster test-gpu lint bench clean
+.PHONY: help setup corpus demo test test-cluster test-gpu lint bench chaos clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -86,6 +86,11 @@ bench: setup ## print the tables of tests/benchmarks (minutes; no result passes 
 	@for benchmark in tests/benchmarks/bench_*.py; do \
 		echo "== $$benchmark"; PYTHONPATH=.:tests python "$$benchmark"; \
 	done
+
+# CHAOS_SEED=... repeats the kills of a run that printed it.
+chaos: setup ## kill a run at 50 random moments and at every write of a save, and print what came of it (half an hour)
+	$(CLEAR_LOCKS)
+	CHAOS_FULL=1 python -m pytest --capture=no -m '' tests/chaos/test_kills.py
 
 clean: ## remove .venv and all caches; data/ and runs/ stay
 	rm -rf $(VENV) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache

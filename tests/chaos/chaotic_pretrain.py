@@ -83,7 +83,9 @@ class Executioner:
             self._at("flush", os.readlink(f"/proc/self/fd/{descriptor}"))
             fsync(descriptor)
 
-        saving.Saves.begin, saving.Saves._end, os.fsync = watched_begin, watched_end, watched_fsync  # type: ignore[method-assign]
+        saving.Saves.begin = watched_begin  # type: ignore[assignment, method-assign]
+        saving.Saves._end = watched_end  # type: ignore[assignment, method-assign]
+        os.fsync = watched_fsync  # type: ignore[assignment]
         sys.addaudithook(self._audit)
 
     def _audit(self, event: str, arguments: tuple[Any, ...]) -> None:

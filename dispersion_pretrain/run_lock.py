@@ -17,10 +17,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from dispersion_pretrain import distributed, heartbeat
+from dispersion_pretrain.heartbeat import Beat
 
 LOCK_FILE = "ranks.lock"  # of a run folder
 _SLOT_BYTES = 128  # a rank's part of the file
 _POLL_S = 0.1
+_BEAT_S_PER_RANK = 0.04  # twice the watchdog's longest interval, which grows with the ranks
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS)  # what file systems without locks answer
 
 _log = logging.getLogger(__name__)
@@ -32,8 +34,9 @@ def only_start(run_folder: Path, is_orphan: Callable[[], bool], *, wait_s: float
 
     Args:
         is_orphan: whether this start has itself been left alone, so that it must make room.
-        wait_s: for how long. A holder on another machine whose heartbeat has not moved meanwhile is taken for dead: a
-            file server may keep the lock of a machine that lost its power.
+        wait_s: for how long; longer where many ranks make heartbeats seldom. If no heartbeat has moved meanwhile, and
+            none is of a process that lives on this machine, the holder is taken for dead: a file server may keep the
+            lock of a machine that lost its power.
 
     Collective: world, at the beginning.
 
@@ -41,7 +44,7 @@ def only_start(run_folder: Path, is_orphan: Callable[[], bool], *, wait_s: float
         RuntimeError: another start is at work there, or this one is an orphan; on every rank.
     """
     path, rank, world_size = run_folder / LOCK_FILE, distributed.rank(), distributed.world_size()
-    descriptor = -1
+    wait_s, descriptor = max(wait_s, world_size * _BEAT_S_PER_RANK), -1
     with distributed.failing_together(f"{run_folder}: cannot be locked against a second start"):
         run_folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o664)
@@ -64,8 +67,8 @@ def _lock(
     descriptor: int, path: Path, slot: int, wait_s: float, is_orphan: Callable[[], bool], *, to_the_end: bool = False
 ) -> None:
     """Lock one slot, or all from there on, and write down who holds it."""
-    beats_folder, deadline_s, told = path.parent / heartbeat.FOLDER, time.monotonic() + wait_s, False
-    before = heartbeat.read_beats(beats_folder)
+    beats_folder, deadline_s = path.parent / heartbeat.FOLDER, time.monotonic() + wait_s
+    before: dict[int, Beat] | None = None
     while True:
         try:
             fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, 0 if to_the_end else _SLOT_BYTES, slot * _SLOT_BYTES)
@@ -78,16 +81,13 @@ def _lock(
                 raise
         holder = os.pread(descriptor, _SLOT_BYTES, slot * _SLOT_BYTES).decode(errors="replace").strip("\0\n ")
         holder = holder or "another process"
-        if not told:
-            told = True
+        if before is None:
+            before = heartbeat.read_beats(beats_folder)
             print(f"waiting for {holder}, of an earlier start of this run, to end", flush=True)
         if is_orphan():
             raise RuntimeError(f"the launcher that started this process has ended, and {holder} is at work here now.")
         if time.monotonic() >= deadline_s:
-            beat = before.get(slot)
-            if beat is not None and beat.machine != heartbeat.own_machine() and heartbeat.read_beat(
-                beats_folder, slot
-            ) == beat:  # fmt: skip
+            if before and before == heartbeat.read_beats(beats_folder) and all(map(_may_be_dead, before.values())):
                 _log.warning("%s: held by %s, which has given no sign for %g s: taken for dead", path, holder, wait_s)
                 return
             raise RuntimeError(
@@ -98,3 +98,9 @@ def _lock(
     if not to_the_end:
         name = f"rank {slot}, process {os.getpid()} on {socket.gethostname()}"
         os.pwrite(descriptor, name.encode()[: _SLOT_BYTES - 1].ljust(_SLOT_BYTES - 1) + b"\n", slot * _SLOT_BYTES)
+
+
+def _may_be_dead(beat: Beat) -> bool:
+    """Of a rank whose heartbeat stands still: all but a process of this machine that lives."""
+    machine = heartbeat.own_machine()
+    return beat.exit_code is not None or beat.machine != machine or heartbeat.is_gone(beat, machine)

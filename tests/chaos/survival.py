@@ -16,7 +16,7 @@ from dispersion_pretrain import checkpoint
 from integration.jobs import Job, pretrain_command, trajectory, write_config
 
 CHAOTIC = Path(__file__).with_name("chaotic_pretrain.py")
-NUM_STEPS = 100
+NUM_STEPS = 60
 SEQUENCES = 4  # of a global batch
 SAVE_EVERY = 4
 RANKS = 2
@@ -25,10 +25,11 @@ CRASH_LOOP = 87
 
 @dataclass(frozen=True)
 class Kill:
-    """When and whom: after `after_s` seconds of a start, or before a write of a save by the process itself."""
+    """When and whom: after seconds or steps of a start, or before a write of a save, by the process itself."""
 
     who: str  # "one rank", "all ranks", "launcher", "job"
     after_s: float | None = None
+    after_steps: int | None = None
     rank: int = 0
     point: int | None = None
     name: str = ""  # of the write
@@ -108,15 +109,14 @@ class Survivor:
 
         After the launcher's death nothing is waited for: its orphans meet the next start.
         """
-        if kill.after_s is None:
+        if kill.point is not None:
             job.wait()
-            self.note_processes(job)
             return None if self.is_done() else kill.who
-        deadline = time.monotonic() + kill.after_s
-        while time.monotonic() < deadline:
+        moment_s, step = self.started_s + (kill.after_s or 0.0), self.last_step() + (kill.after_steps or 0)
+        while time.monotonic() < moment_s or self.last_step() < step:
             if job.process.poll() is not None:
                 return None
-            time.sleep(min(0.05, max(0.0, deadline - time.monotonic())))
+            time.sleep(0.01)
         family = self.note_processes(job)
         ranks = [process for process in family if _is_rank(process)]
         if kill.who == "job":

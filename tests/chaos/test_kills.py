@@ -15,20 +15,10 @@ from pathlib import Path
 import pytest
 
 from chaos.survival import RANKS, SAVE_EVERY, Kill, Outcome, Survivor
-from integration.conftest import corpus  # noqa: F401  (a fixture)
 
 FULL = os.environ.get("CHAOS_FULL") == "1"
 VICTIMS = ["one rank", "all ranks", "launcher"]
 COUNTED_SAVE = 10 * SAVE_EVERY  # a save in the middle of a run: it removes an older checkpoint as well
-
-
-@pytest.fixture(scope="module")
-def undisturbed(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Survivor:  # noqa: F811
-    """Also says how long a run takes (`Survivor.seconds`) and of which writes a save consists."""
-    run = Survivor(tmp_path_factory.mktemp("chaos") / "undisturbed", corpus)
-    run.finish()
-    run.check_samples()
-    return run
 
 
 def writes_of_a_save(run: Survivor) -> list[Kill]:
@@ -72,7 +62,7 @@ def survive(
 def describe(outcome: Outcome) -> str:
     kill = outcome.kill
     if kill.point is None:
-        return f"killed: {outcome.victim} after {kill.after_s:.1f} s"
+        return f"killed: {outcome.victim} after " + (f"{kill.after_s:.1f} s" if kill.after_s else "steps")
     return f"killed: {outcome.victim} before write {kill.point} of rank {kill.rank}, {kill.name}"
 
 
@@ -95,15 +85,18 @@ def print_table(outcomes: list[Outcome]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(7200 if FULL else 400)
-def test_kills_change_nothing(corpus: Path, undisturbed: Survivor, tmp_path: Path) -> None:  # noqa: F811
+def test_kills_change_nothing(corpus: Path, undisturbed: Survivor, tmp_path: Path) -> None:
     seed = int(os.environ.get("CHAOS_SEED", random.SystemRandom().randrange(10**6)))
     dice = random.Random(seed)
     writes = writes_of_a_save(undisturbed)
     print(f"CHAOS_SEED={seed}; an undisturbed run takes {undisturbed.seconds:.0f} s, a save {len(writes)} writes")
-    number = 50 if FULL else 3
-    moments = [Kill(VICTIMS[i % 3], after_s=dice.uniform(0, undisturbed.seconds)) for i in range(number)]
-    if not FULL:
-        writes = dice.sample(writes, 3)
-    outcomes = survive([*moments, *writes], tmp_path, corpus, undisturbed, dice)
+    kills = [
+        Kill(VICTIMS[number % 3], after_s=dice.uniform(0, undisturbed.seconds)) for number in range(50 if FULL else 2)
+    ]
+    orphaned = Kill("launcher", after_steps=6)
+    kills += [orphaned, *(writes if FULL else dice.sample(writes, 3))]
+    outcomes = survive(kills, tmp_path, corpus, undisturbed, dice)
     print_table(outcomes)
-    assert len(outcomes) == number + len(writes), "every write was reached"
+    assert [outcome.kill for outcome in outcomes] == kills, "every write was reached"
+    (left_alone,) = [outcome for outcome in outcomes if outcome.kill is orphaned]
+    assert left_alone.lost_steps == 0, "the orphans save and leave, and the next start waits for them"

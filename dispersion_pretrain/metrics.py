@@ -15,6 +15,7 @@ import re
 import resource
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 METRICS_FILE = "metrics.jsonl"
 STARTS_FILE = "starts.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
+_MAX_UNWRITTEN = 10_000  # records that wait for room on the disk
 
 _log = logging.getLogger(__name__)
 
@@ -100,7 +102,8 @@ class StepTotals:
 class MetricsWriter:
     """Writes records to metrics.jsonl, TensorBoard and the terminal; on other ranks than 0 it does nothing.
 
-    A full disk is logged once and does not stop the run: rank 0 must not fall out of step with the others.
+    A full disk is logged once and does not stop the run: rank 0 must not fall out of step with the others. Records that
+    could not be written follow when there is room again.
     """
 
     def __init__(
@@ -119,6 +122,7 @@ class MetricsWriter:
         self._bar: Progress | None = None
         self._rate_start: tuple[float, int] | None = None  # (time, tokens) of this start's first record
         self._disk_complaint = ""
+        self._unwritten: deque[dict[str, Any]] = deque(maxlen=_MAX_UNWRITTEN)
         if not is_main:
             return
         from torch.utils.tensorboard import SummaryWriter  # takes a second: only the rank that writes pays
@@ -135,8 +139,10 @@ class MetricsWriter:
             return
         now = time.time()
         with self._surviving_a_full_disk():
-            record = {"step": step, "tokens": tokens, "time": now, **values}
-            append_line(self._run_folder / METRICS_FILE, record)
+            self._unwritten.append({"step": step, "tokens": tokens, "time": now, **values})
+            while self._unwritten:
+                append_line(self._run_folder / METRICS_FILE, self._unwritten[0])
+                self._unwritten.popleft()
             for name, value in values.items():
                 self._tensorboard.add_scalar(name, value, step, walltime=now)
             self._tensorboard.flush()

@@ -44,28 +44,25 @@ class Outcome:
     start: float  # when the killed start began
     lost_steps: int = 0  # that had to be done again
     first_step_s: float | None = None  # of the next start, to its first update; None where it made none
-    refused: int = 0  # starts that ended as a crash loop, before the record of ends was removed as the message says
+    refused: int = 0  # starts that were refused with a cure (`Survivor.heeds_refusal`) before one was killed
 
 
 class Survivor:
     """One run folder and all starts in it."""
 
-    def __init__(self, folder: Path, corpus: Path) -> None:
+    def __init__(self, folder: Path, corpus: Path, *, tiers: int = 2, **sections: dict[str, Any]) -> None:
+        """Write its settings; `sections` are added to them."""
         self.folder, self.run = folder, folder / "run"
         folder.mkdir(parents=True)
+        local = {"local_folder": str(folder / "disk"), "local_every_steps": 2}
         self.config = write_config(
             folder,
             corpus,
-            run={"doctor": False},
+            **{"run": {"doctor": False}, **sections},
             training={"global_batch_tokens": SEQUENCES * 64, "max_tokens": NUM_STEPS * SEQUENCES * 64},
             dispersion={"pool_sequences": SEQUENCES},
             validation={"every_steps": 10, "sequences": 4},
-            checkpoint={
-                "every_steps": SAVE_EVERY,
-                "keep_last": 2,
-                "local_folder": str(folder / "disk"),
-                "local_every_steps": 2,
-            },
+            checkpoint={"every_steps": SAVE_EVERY, "keep_last": 2, **(local if tiers == 2 else {})},
         )
         self.starts, self.started_s = 0, 0.0
         self.outcomes: list[Outcome] = []
@@ -158,9 +155,8 @@ class Survivor:
         job = self.start(**sentence)
         refused = 0
         victim = self.strike(job, kill, dice)
-        while job.process.poll() == CRASH_LOOP:
+        while self.heeds_refusal(job):
             refused += 1
-            (self.run / "ends.jsonl").unlink()  # what the message advises
             job = self.start(**sentence)
             victim = self.strike(job, kill, dice)
         if victim is None:
@@ -169,19 +165,24 @@ class Survivor:
         self.outcomes.append(Outcome(kill, victim, self.started_s, refused=refused))
         return self.outcomes[-1]
 
-    def finish(self) -> None:
+    def heeds_refusal(self, job: Job) -> bool:
+        """Whether a start was refused with a message that names the cure; a cure beyond another start is done here."""
+        code = job.process.poll()
+        if code == CRASH_LOOP:
+            (self.run / "ends.jsonl").unlink()
+            return True
+        return code == 1 and "is at work in this run folder" in job.output()
+
+    def finish(self, **variables: str) -> None:
         """The same command once more, to the end of the run; then nothing of any start may live on."""
-        refused, began_s = 0, time.monotonic()
+        began_s = time.monotonic()
         while not self.is_done():
-            job = self.start()
+            job = self.start(**variables)
             code = job.wait()
-            if code == CRASH_LOOP and not refused:
-                refused += 1
-                (self.run / "ends.jsonl").unlink()
-            else:
-                assert code == 0, f"exit code {code}:\n{job.output()}"
+            assert self.heeds_refusal(job) or code == 0, f"exit code {code}:\n{job.output()}"
         self.seconds = time.monotonic() - began_s
-        _, alive = psutil.wait_procs(self.processes, 30)
+        # A start whose launcher was killed before it had ranks may have waited for another, and finds nothing to do.
+        _, alive = psutil.wait_procs(self.processes, 120)
         assert not alive, f"live on: {alive}"
 
     # ---- what must be true

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import json
 import os
 import signal
 import subprocess
@@ -95,8 +94,9 @@ def test_a_dead_machines_lock_does_not_hold_for_ever(
     write_beat(tmp_path / heartbeat.FOLDER, heartbeat.Beat(**fields))
     with only_start(tmp_path, lambda: False, wait_s=0.3):
         assert "has given no sign for 0.3 s: taken for dead" in caplog.text
-    fields |= {"machine": heartbeat.own_machine()}
-    (tmp_path / heartbeat.FOLDER / "rank_00000.json").write_text(json.dumps(fields))
+    fields |= {"machine": heartbeat.own_machine(), "pid": os.getpid()}
+    fields |= {"process_start": heartbeat.process_start(os.getpid())}  # it lives, so it may only be busy
+    write_beat(tmp_path / heartbeat.FOLDER, heartbeat.Beat(**fields))
     with pytest.raises(RuntimeError, match="is at work"), only_start(tmp_path, lambda: False, wait_s=0.3):
         pass
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from hypothesis import strategies as st
 
 from dispersion_pretrain.assembly import Plan
 from dispersion_pretrain.config import Settings
+from dispersion_pretrain.distributed import is_own_error
 from dispersion_pretrain.layout import BatchLayout
 from dispersion_pretrain.settings_file import dump_settings, load_settings
 from small_run import write_corpus
@@ -56,8 +59,13 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return tree
 
 
-def load(content: str | bytes, folder: Path, overrides: list[str] | None = None) -> Settings | None:
-    """The settings, dealt to several ranks and planned for one; None where they are refused with a place and a cure."""
+def load(
+    content: str | bytes, folder: Path, overrides: list[str] | None = None, changed: Collection[str] = ()
+) -> Settings | None:
+    """The settings, dealt to several ranks and planned for one; None where they are refused with a place and a cure.
+
+    A refusal must name one of the keys `changed`, if there are any.
+    """
     path = folder / "odd.yaml"
     path.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8", "surrogatepass"))
     try:
@@ -68,8 +76,13 @@ def load(content: str | bytes, folder: Path, overrides: list[str] | None = None)
         Plan.make(found, 1)
     except ValueError as error:
         assert not isinstance(error, UnicodeError)
+        assert is_own_error(error), "launch/pretrain.py would show a traceback"
         assert ": " in str(error) and str(error).rstrip().endswith((".", "?")), str(error)
         assert len(str(error)) < 20_000
+        if changed:
+            assert any(re.search(rf"(?<![\w]){re.escape(key)}(?![\w])", str(error)) for key in changed), (
+                f"{error} names none of {changed}"
+            )
         return None
     return found
 
@@ -86,7 +99,7 @@ def test_values_of_a_wrong_kind(
     for (section, key), value in changes:
         below = tree.setdefault(section, {})
         below[key] = value
-    load(yaml.dump(tree, allow_unicode=True), tmp_path)
+    load(yaml.dump(tree, allow_unicode=True), tmp_path, changed=[key for (_, key), _ in changes])
 
 
 @ANY_SPEED
@@ -98,7 +111,7 @@ def test_values_of_a_wrong_kind(
 def test_odd_fields_of_a_model(fields: dict[str, Any], good: dict[str, Any], tmp_path: Path) -> None:
     tree = copy.deepcopy(good)
     tree["model"]["config"] |= fields
-    load(yaml.dump(tree, allow_unicode=True), tmp_path)
+    load(yaml.dump(tree, allow_unicode=True), tmp_path, changed=[*fields, "config"])
 
 
 @ANY_SPEED

@@ -53,6 +53,7 @@ def model_config(settings: ModelSettings, *, vocabulary: int, sequence_length: i
                 f"model.config: {', '.join(unknown)} is no field of {model_type}. Known: {', '.join(sorted(known))}. "
                 "Correct the name."
             )
+        _refuse_text_for_numbers(fields, type(config)())
     else:
         assert settings.pretrained is not None
         try:
@@ -82,18 +83,32 @@ def _short(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
+def _refuse_text_for_numbers(fields: dict[str, Any], defaults: PretrainedConfig) -> None:
+    """Raise ValueError for what a model would stumble over in its first forward pass only."""
+    for name, value in fields.items():
+        default = getattr(defaults, name, None)
+        if isinstance(default, int | float) and isinstance(value, str | dict):
+            raise ValueError(
+                f"model.config: {name} is {value!r}. A number is needed (the default is {default!r}). Correct it, or "
+                "leave it out."
+            )
+
+
 def _check_fit(config: PretrainedConfig, *, vocabulary: int, sequence_length: int) -> None:
     positions = getattr(config, "max_position_embeddings", None)
-    for name, value in (("max_position_embeddings", positions or 1), ("vocab_size", config.vocab_size)):
+    for name, value in (
+        ("max_position_embeddings", 1 if positions is None else positions),
+        ("vocab_size", config.vocab_size),
+    ):
         if not isinstance(value, int) or value < 1:
             raise ValueError(
                 f"model.config: {name} is {value!r}. A whole number from 1 on is needed. Correct it, or leave it out."
             )
     if positions is not None and sequence_length > positions:
         raise ValueError(
-            f"data.sequence_length: {sequence_length} is longer than the model's {positions} positions. At most "
-            f"{positions} are allowed. "
-            "Shorten the sequences or give the model more positions."
+            f"data.sequence_length: {sequence_length} is longer than the model's {positions} positions (model.config: "
+            f"max_position_embeddings). At most {positions} are allowed. Shorten the sequences or give the model more "
+            "positions."
         )
     if not vocabulary <= config.vocab_size <= vocabulary + VOCABULARY_PADDING:
         raise ValueError(
@@ -149,6 +164,8 @@ def model_size(settings: ModelSettings, config: PretrainedConfig) -> ModelSize:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, attn_implementation=settings.attention)
         layers, width = int(config.num_hidden_layers), int(config.hidden_size)
+        if min(layers, width) < 1:
+            raise ValueError(f"{layers} layers of width {width}; at least 1 of each is needed")
     except Exception as error:  # whatever the fields of one of transformers' many classes lead to
         raise ValueError(
             f"model: transformers cannot build it ({_short(error)}). The fields of a working model are needed. Correct "

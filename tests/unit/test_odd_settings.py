@@ -114,6 +114,25 @@ def test_odd_fields_of_a_model(fields: dict[str, Any], good: dict[str, Any], tmp
     load(yaml.dump(tree, allow_unicode=True), tmp_path, changed=[*fields, "config"])
 
 
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"n_layer": 0}, "0 layers of width 8; at least 1 of each is needed"),
+        ({"n_embd": 0}, "1 layers of width 0; at least 1 of each is needed"),
+        ({"n_positions": 0}, "max_position_embeddings is 0. A whole number from 1 on is needed"),
+        ({"layer_norm_epsilon": "x"}, r"layer_norm_epsilon is 'x'. A number is needed \(the default is 1e-05\)"),
+    ],
+)
+def test_a_model_that_could_not_train_is_refused_before_it_is_built(
+    fields: dict[str, Any], message: str, good: dict[str, Any], tmp_path: Path
+) -> None:
+    tree, path = copy.deepcopy(good), tmp_path / "odd.yaml"
+    tree["model"]["config"] |= fields
+    path.write_text(yaml.safe_dump(tree))
+    with pytest.raises(ValueError, match=message):
+        Plan.make(load_settings(path), 1)
+
+
 @ANY_SPEED
 @given(key=st.sampled_from([".".join(path) for path in PATHS]) | ODD_TEXT, text=ODD_TEXT | VALUES.map(str))
 def test_odd_overrides(key: str, text: str, good: dict[str, Any], tmp_path: Path) -> None:

@@ -103,3 +103,11 @@ def test_age_of_the_process_counts_from_its_begin() -> None:
     first = process_age_s()
     assert 0.1 < first < 24 * 3600
     assert 0 <= process_age_s() - first < 5
+
+
+def test_the_end_of_the_launcher_stops_an_orphan() -> None:
+    gone = False
+    stop = Stopping(age_s=lambda: 0.0, is_orphan=lambda: gone)
+    assert not stop.requested()
+    gone = True
+    assert stop.requested() and stop.reason == "the end of its launcher"

@@ -90,7 +90,7 @@ bench: setup ## print the tables of tests/benchmarks (minutes; no result passes 
 # CHAOS_SEED=... repeats the kills of a run that printed it.
 chaos: setup ## kill a run at 50 random moments and at every write of a save, and print what came of it (half an hour)
 	$(CLEAR_LOCKS)
-	CHAOS_FULL=1 python -m pytest --capture=no -m '' tests/chaos/test_kills.py
+	CHAOS_FULL=1 python -m pytest --capture=no -m '' tests/chaos -k kills
 
 clean: ## remove .venv and all caches; data/ and runs/ stay
 	rm -rf $(VENV) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -129,7 +129,7 @@ class Survivor:
         for victim in ranks if kill.who == "all ranks" else [dice.choice(ranks)]:
             if victim.is_running():
                 victim.kill()
-        job.wait(120)
+        job.wait()
         return kill.who
 
     def note_processes(self, job: Job) -> list[psutil.Process]:

@@ -1,11 +1,7 @@
-"""Kill a run at random moments and at the writes of its saves: what it ends with is what an undisturbed run ends with.
-
-Six kills; with CHAOS_FULL=1 (`make chaos`) fifty random ones and every write. CHAOS_SEED repeats a choice.
-"""
+"""Kills of a run, at random moments and before the writes of its saves, and the table of what came of them."""
 
 from __future__ import annotations
 
-import os
 import random
 import statistics
 import time
@@ -13,20 +9,22 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
-import pytest
-
 from chaos.survival import RANKS, SAVE_EVERY, Kill, Outcome, Survivor
 
-FULL = os.environ.get("CHAOS_FULL") == "1"
-VICTIMS = ["one rank", "all ranks", "launcher"]
-COUNTED_SAVE = 10 * SAVE_EVERY  # a save in the middle of a run: it removes an older checkpoint as well
+_VICTIMS = ["one rank", "all ranks", "launcher"]
+_COUNTED_SAVE = 10 * SAVE_EVERY  # a save in the middle of a run: it removes an older checkpoint as well
+
+
+def random_kills(number: int, run_s: float, dice: random.Random) -> list[Kill]:
+    """So many, each at a moment uniform over the seconds of a whole run: while it starts, trains, saves or ends."""
+    return [Kill(_VICTIMS[one % len(_VICTIMS)], after_s=dice.uniform(0, run_s)) for one in range(number)]
 
 
 def writes_of_a_save(run: Survivor) -> list[Kill]:
     """A kill before each write of each rank."""
     found = []
     for rank in range(RANKS):
-        (save,) = [line for line in run.lines(f"points_{rank}.jsonl") if line["step"] == COUNTED_SAVE]
+        (save,) = [line for line in run.lines(f"points_{rank}.jsonl") if line["step"] == _COUNTED_SAVE]
         assert save["tier"] == "shared"
         for point, name in enumerate(save["writes"]):
             found.append(Kill(("one rank", "job")[point % 2], rank=rank, point=point, name=name))
@@ -82,22 +80,3 @@ def print_table(outcomes: list[Outcome]) -> None:
             f"{kind:42} {len(group):5} {statistics.median(lost):10.0f} {max(lost):5} "
             f"{sum(outcome.refused for outcome in group):7} {statistics.median(seconds):20.1f} {max(seconds):5.1f}"
         )
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(7200 if FULL else 400)
-def test_kills_change_nothing(corpus: Path, undisturbed: Survivor, tmp_path: Path) -> None:
-    seed = int(os.environ.get("CHAOS_SEED", random.SystemRandom().randrange(10**6)))
-    dice = random.Random(seed)
-    writes = writes_of_a_save(undisturbed)
-    print(f"CHAOS_SEED={seed}; an undisturbed run takes {undisturbed.seconds:.0f} s, a save {len(writes)} writes")
-    kills = [
-        Kill(VICTIMS[number % 3], after_s=dice.uniform(0, undisturbed.seconds)) for number in range(50 if FULL else 2)
-    ]
-    orphaned = Kill("launcher", after_steps=6)
-    kills += [orphaned, *(writes if FULL else dice.sample(writes, 3))]
-    outcomes = survive(kills, tmp_path, corpus, undisturbed, dice)
-    print_table(outcomes)
-    assert [outcome.kill.point for outcome in outcomes] == [kill.point for kill in kills], "every write was reached"
-    (left_alone,) = [outcome for outcome in outcomes if outcome.kill is orphaned]
-    assert left_alone.lost_steps == 0, "the orphans save and leave, and the next start waits for them"

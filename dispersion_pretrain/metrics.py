@@ -28,6 +28,7 @@ from dispersion_pretrain import distributed
 
 if TYPE_CHECKING:
     from rich.progress import Progress
+    from torch.utils.tensorboard import SummaryWriter
 
 METRICS_FILE = "metrics.jsonl"
 STARTS_FILE = "starts.jsonl"
@@ -123,13 +124,12 @@ class MetricsWriter:
         self._rate_start: tuple[float, int] | None = None  # (time, tokens) of this start's first record
         self._disk_complaint = ""
         self._unwritten: deque[dict[str, Any]] = deque(maxlen=_MAX_UNWRITTEN)
+        self._tensorboard: SummaryWriter | None = None
         if not is_main:
             return
-        from torch.utils.tensorboard import SummaryWriter  # takes a second: only the rank that writes pays
-
         self._run_folder.mkdir(parents=True, exist_ok=True)
         cut_torn_line(self._run_folder / METRICS_FILE)
-        self._tensorboard = SummaryWriter(str(self._run_folder / TENSORBOARD_FOLDER), purge_step=first_step)
+        self._tensorboard = self._open_tensorboard(first_step)
         if self._prints and sys.stdout.isatty():
             self._bar = _start_bar(max_tokens)
 
@@ -143,11 +143,23 @@ class MetricsWriter:
             while self._unwritten:
                 append_line(self._run_folder / METRICS_FILE, self._unwritten[0])
                 self._unwritten.popleft()
-            for name, value in values.items():
-                self._tensorboard.add_scalar(name, value, step, walltime=now)
-            self._tensorboard.flush()
+            self._write_tensorboard(step, values, now)
         if self._prints:
             self._show(step, tokens, values, now)
+
+    def _open_tensorboard(self, first_step: int) -> SummaryWriter:
+        from torch.utils.tensorboard import SummaryWriter  # takes a second: only the rank that writes pays
+
+        return SummaryWriter(str(self._run_folder / TENSORBOARD_FOLDER), purge_step=first_step)
+
+    def _write_tensorboard(self, step: int, values: Mapping[str, float], now: float) -> None:
+        """Raises OSError; the writer's thread has then ended, and the next call opens another."""
+        writer = self._tensorboard or self._open_tensorboard(step)
+        self._tensorboard = None
+        for name, value in values.items():
+            writer.add_scalar(name, value, step, walltime=now)
+        writer.flush()
+        self._tensorboard = writer
 
     @contextmanager
     def _surviving_a_full_disk(self) -> Iterator[None]:
@@ -194,7 +206,7 @@ class MetricsWriter:
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
-        if self._is_main:
+        if self._tensorboard is not None:
             with self._surviving_a_full_disk():
                 self._tensorboard.close()
 

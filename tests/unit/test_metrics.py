@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -184,7 +185,22 @@ def test_half_a_line_on_a_full_disk_is_taken_back(tmp_path: Path, monkeypatch: p
             writer.write(2, 200, TRAINING)
         writer.write(3, 300, TRAINING)
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in lines] == [1, 3]
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's thread ends so
+def test_tensorboard_goes_on_after_its_files_could_not_be_written(tmp_path: Path) -> None:
+    folder = tmp_path / "tensorboard"
+    with open_writer(tmp_path) as writer:
+        writer.write(1, 100, TRAINING)
+        shutil.rmtree(folder)
+        folder.touch()
+        for step in (2, 3):
+            writer.write(step, 100 * step, TRAINING)
+        folder.unlink()
+        writer.write(4, 400, TRAINING)
+    assert [step for step, _ in scalars(tmp_path, "loss/total")] == [4]
+    assert [record["step"] for record in metrics.read_metrics(tmp_path)] == [1, 2, 3, 4]
 
 
 class _HalfFile(io.FileIO):

@@ -43,7 +43,7 @@ class Stopping:
             age_s: seconds since the process began; by default those that pass while it is suspended count too.
             is_orphan: whether the launcher has ended, so that nobody could stop this process.
         """
-        self.reason = "a signal to another rank, or its time limit"
+        self.reason = "a signal to another rank, its time limit, or the end of its launcher"
         self._signal_noted = False
         self._limit_s = None if max_time is None else seconds_of(max_time)
         self._age_s, self._is_orphan = age_s or process_age_s, is_orphan

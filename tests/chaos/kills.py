@@ -43,6 +43,7 @@ def survive(
             began = time.monotonic()
             outcome = run.suffer(waiting[0], dice)
             if outcome is None:
+                assert waiting[0].point is None or run.starts > 1, f"a whole run never came to it: {waiting[0]}"
                 if run.starts == 1:  # the machine is faster now than when the undisturbed run was timed
                     waiting[0] = replace(waiting[0], after_s=(waiting[0].after_s or 0.0) / 2)
                 break

@@ -42,6 +42,7 @@ class Outcome:
     kill: Kill
     victim: str  # whom it met: before there are ranks it meets the launcher
     start: float  # when the killed start began
+    log: Path  # of that start
     lost_steps: int = 0  # that had to be done again
     first_step_s: float | None = None  # of the next start, to its first update; None where it made none
     refused: int = 0  # starts that were refused with a cure (`Survivor.heeds_refusal`) before one was killed
@@ -99,6 +100,10 @@ class Survivor:
     def is_done(self) -> bool:
         return NUM_STEPS in checkpoint.committed_steps(self.run)
 
+    def steps_of(self, start: float) -> int:
+        """How many steps a start has done; an orphan of an earlier one may be at work at the same time."""
+        return sum(line["start"] == start for line in self.lines("samples_0.jsonl"))
+
     # ---- killing
 
     def strike(self, job: Job, kill: Kill, dice: random.Random) -> str | None:
@@ -109,8 +114,8 @@ class Survivor:
         if kill.point is not None:
             job.wait()
             return None if self.is_done() else kill.who
-        moment_s, step = self.started_s + (kill.after_s or 0.0), self.last_step() + (kill.after_steps or 0)
-        while time.monotonic() < moment_s or self.last_step() < step:
+        moment_s, steps = self.started_s + (kill.after_s or 0.0), kill.after_steps or 0
+        while time.monotonic() < moment_s or self.steps_of(self.started_s) < steps:
             if job.process.poll() is not None:
                 return None
             time.sleep(0.01)
@@ -120,8 +125,9 @@ class Survivor:
             job.kill()
             return "job"
         if kill.who == "launcher" or not ranks:
-            launchers = [process for process in family if process not in ranks]
-            victim = dice.choice(launchers)
+            victim = dice.choice(
+                [process for process in family if process.pid == job.process.pid or _is_launcher(process)]
+            )
             victim.kill()
             if victim.pid == job.process.pid:
                 job.process.wait(60)
@@ -146,8 +152,9 @@ class Survivor:
         """Start and kill; None where the start came to its end unharmed. `measured` completes what is returned."""
         sentence = {}
         if kill.point is not None:
-            # The second save from here: the first clears away what the kill before has left.
-            step = SAVE_EVERY * (-(-(self.last_step() + 1) // SAVE_EVERY) + 1)
+            # The second save from here: the first clears away what the kill before has left. The third of a run at the
+            # earliest: the first two have no older checkpoint to remove.
+            step = SAVE_EVERY * max(3, -(-(self.last_step() + 1) // SAVE_EVERY) + 1)
             if step > NUM_STEPS:
                 return None
             who = "job" if kill.who == "job" else "rank"
@@ -162,7 +169,7 @@ class Survivor:
         if victim is None:
             assert job.process.returncode == 0, f"{kill}: ended with {job.process.returncode}:\n{job.output()}"
             return None
-        self.outcomes.append(Outcome(kill, victim, self.started_s, refused=refused))
+        self.outcomes.append(Outcome(kill, victim, self.started_s, self.log, refused=refused))
         return self.outcomes[-1]
 
     def heeds_refusal(self, job: Job) -> bool:
@@ -228,12 +235,19 @@ class Survivor:
         assert sorted(used) == list(range(NUM_STEPS * SEQUENCES)), f"{self.folder}: not every sample once"
 
 
-def _is_rank(process: psutil.Process) -> bool:
+def _words(process: psutil.Process) -> list[str]:
     try:
-        words = process.cmdline()
+        return process.cmdline()
     except psutil.Error:
-        return False
-    return len(words) > 2 and words[2] == str(CHAOTIC)
+        return []
+
+
+def _is_rank(process: psutil.Process) -> bool:
+    return str(CHAOTIC) in _words(process)[2:3]
+
+
+def _is_launcher(process: psutil.Process) -> bool:
+    return "deepspeed.launcher.launch" in _words(process)
 
 
 def _hashes(folder: Path) -> dict[str, str]:

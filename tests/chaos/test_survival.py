@@ -58,7 +58,8 @@ def test_kills_change_nothing(corpus: Path, undisturbed: Survivor, tmp_path: Pat
     print_table(outcomes)
     assert [outcome.kill.point for outcome in outcomes] == [kill.point for kill in kills], "every write was reached"
     (left_alone,) = [outcome for outcome in outcomes if outcome.kill is orphaned]
-    assert left_alone.lost_steps == 0, "the orphans save and leave, and the next start waits for them"
+    assert left_alone.lost_steps == 0, "the orphans save, and the next start waits for them"
+    assert "state saved; the same command goes on from there" in left_alone.log.read_text(), "the orphans went on"
 
 
 def test_every_damage_is_noticed_and_the_one_before_is_used(undisturbed: Survivor, tmp_path: Path, seed: int) -> None:

@@ -113,7 +113,7 @@ class Survivor:
         """
         if kill.point is not None:
             job.wait()
-            return None if self.is_done() else kill.who
+            return None if job.process.returncode == 0 else kill.who  # also right after the run's last commit
         moment_s, steps = self.started_s + (kill.after_s or 0.0), kill.after_steps or 0
         while time.monotonic() < moment_s or self.steps_of(self.started_s) < steps:
             if job.process.poll() is not None:

@@ -130,7 +130,7 @@ class RunParts:
 class Plan:
     """What the settings come to on a number of ranks, without a weight in memory."""
 
-    corpora: CorporaPlan
+    corpora: CorporaPlan | None  # None: they were not read
     layout: BatchLayout
     hub_config: PretrainedConfig
     size: ModelSize
@@ -138,16 +138,21 @@ class Plan:
     teacher: TeacherPlan | None = None
 
     @classmethod
-    def make(cls, settings: Settings, world_size: int) -> Plan:
+    def make(cls, settings: Settings, world_size: int, *, read_corpora: bool = True) -> Plan:
         """Check that settings, corpora, model and number of ranks fit together; reads the corpora's manifests.
+
+        Without `read_corpora` nothing is known of them: the model must say its vocabulary, and no tokenizers are
+        compared. So a run can be planned where its corpora are not.
 
         Raises:
             ValueError: they do not; names the place, the value and what is legal.
         """
         layout = BatchLayout.derive(settings, world_size)
-        corpora = CorporaPlan.make(settings.data)
+        corpora = CorporaPlan.make(settings.data) if read_corpora else None
         hub_config = model_config(
-            settings.model, vocabulary=corpora.vocab_size, sequence_length=settings.data.sequence_length
+            settings.model,
+            vocabulary=corpora.vocab_size if corpora is not None else None,
+            sequence_length=settings.data.sequence_length,
         )
         size = model_size(settings.model, hub_config)
         layers = _check_term(settings.dispersion, size.layers) if settings.dispersion else []
@@ -158,9 +163,9 @@ class Plan:
         if settings.distillation is not None:
             teacher = plan_teacher(
                 settings.distillation,
-                vocabulary=corpora.vocab_size,
+                vocabulary=corpora.vocab_size if corpora is not None else hub_config.vocab_size,
                 sequence_length=settings.data.sequence_length,
-                tokenizer=corpora.tokenizer(),
+                tokenizer=corpora.tokenizer() if corpora is not None else None,
             )
         return cls(corpora, layout, hub_config, size, layers, teacher)
 
@@ -168,10 +173,11 @@ class Plan:
         """The figures as lines of text."""
         size, layout, training = self.size, self.layout, settings.training
         sequences, tokens = settings.global_batch_sequences, settings.num_steps * training.global_batch_tokens
+        paths = ", ".join(source.path for source in settings.data.sources)
         lines = [
             f"model        {self.hub_config.model_type}, {size.parameters:,} parameters, {size.layers} layers of "
             f"width {size.width}, vocabulary {size.vocabulary:,}, {settings.model.precision}",
-            *self.corpora.describe(tokens),
+            *(self.corpora.describe(tokens) if self.corpora is not None else [f"corpus       {paths}: not read"]),
             f"step         {training.global_batch_tokens:,} tokens = {sequences:,} sequences = {layout.world_size} "
             f"ranks x {layout.micro_batch} micro-batch x {layout.accumulation} accumulation",
             f"run          {settings.num_steps:,} steps, {tokens:,} tokens, into {settings.run_folder}",
@@ -275,6 +281,7 @@ def assemble(settings: Settings, device: torch.device) -> RunParts:
         RuntimeError: a damaged corpus.
     """
     plan = Plan.make(settings, distributed.world_size())
+    assert plan.corpora is not None
     corpora = Corpora(plan.corpora, settings.run.seed)
     distillation = None
     if plan.teacher is not None:  # before anything is seeded: reading it leaves no trace in the random numbers
@@ -306,7 +313,7 @@ def assemble(settings: Settings, device: torch.device) -> RunParts:
 
 def _distillation(settings: Settings, plan: Plan, device: torch.device) -> Distillation:
     section = settings.distillation
-    assert section is not None and plan.teacher is not None
+    assert section is not None and plan.teacher is not None and plan.corpora is not None
     teacher = load_teacher(settings, plan.teacher.config)
     teacher = sharded_for_inference(teacher) if section.sharded else teacher.to(device)
     return Distillation(section, teacher, vocabulary=plan.corpora.vocab_size)

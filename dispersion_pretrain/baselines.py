@@ -220,13 +220,13 @@ class TeacherPlan:
 
 
 def plan_teacher(
-    section: DistillationSettings, *, vocabulary: int, sequence_length: int, tokenizer: Path
+    section: DistillationSettings, *, vocabulary: int, sequence_length: int, tokenizer: Path | None
 ) -> TeacherPlan:
     """Check a teacher against the corpus; reads no weights.
 
     Args:
         vocabulary: entries of the corpus' tokenizer.
-        tokenizer: local folder of it.
+        tokenizer: local folder of it; None: the corpus is not read, and only sizes are compared.
 
     Raises:
         ValueError: no such model, too few positions, or another tokenizer.
@@ -270,7 +270,7 @@ def _fingerprint(name: str, config: PretrainedConfig) -> str:
     return digest.hexdigest()
 
 
-def _compare_tokenizers(name: str, teacher_vocabulary: int, *, vocabulary: int, tokenizer: Path) -> str:
+def _compare_tokenizers(name: str, teacher_vocabulary: int, *, vocabulary: int, tokenizer: Path | None) -> str:
     """Say what was compared; raise ValueError where the teacher's numbers do not mean the corpus' tokens."""
     cure = (
         "The divergence compares two distributions number by number. Choose a teacher with the corpus' tokenizer, or "
@@ -281,6 +281,8 @@ def _compare_tokenizers(name: str, teacher_vocabulary: int, *, vocabulary: int, 
             f"distillation.teacher: {name!r} has {teacher_vocabulary} vocabulary entries, the corpus {vocabulary}. At "
             f"least as many are needed. {cure}"
         )
+    if tokenizer is None:
+        return f"tokenizers not compared, vocabulary sizes are {teacher_vocabulary:,} and {vocabulary:,}"
     theirs = _tokens_by_number(name)
     if theirs is None:
         if teacher_vocabulary > vocabulary + VOCABULARY_PADDING:

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 from deepspeed.runtime.fp16.loss_scaler import LossScaler
 from deepspeed.runtime.zero import parameter_offload
-from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig, ZeroStageEnum, get_zero_config
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from deepspeed.utils import logger as deepspeed_logger
 from deepspeed.utils import safe_get_full_grad, safe_set_local_fp32_param, safe_set_local_optimizer_state
@@ -106,6 +106,11 @@ def deepspeed_settings(settings: Settings, layout: BatchLayout) -> dict[str, Any
         # An overflowing step would be skipped in silence; the train step looks for non-finite numbers itself.
         derived["bf16"] = {"enabled": True, "check_grad_overflow": False}
     return _overridden(derived, settings.zero.overrides)
+
+
+def zero_options(settings: Settings, layout: BatchLayout) -> DeepSpeedZeroConfig:
+    """The options of ZeRO as DeepSpeed completes them: sizes of buckets, overlapping, thresholds of stage 3."""
+    return get_zero_config(deepspeed_settings(settings, layout))
 
 
 def _overridden(derived: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:

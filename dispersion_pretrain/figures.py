@@ -28,7 +28,7 @@ INK, MUTED, GRID = "#1f2329", "#6a727d", "#e4e7eb"
 SERIES = ("#2f6fb7", "#d9622b", "#2c8a57", "#8358b5", "#b8862b", "#c2457f", "#3a8f9c", "#7a6a58")
 _THEMED = {INK: "ink", MUTED: "muted", GRID: "grid"} | {color: f"series-{i}" for i, color in enumerate(SERIES)}
 _DEPTH_COLORS = LinearSegmentedColormap.from_list("depth", ["#3f86c6", "#8d72b9", "#d65a7c", "#ec9440"])
-_STYLE: Any = {
+STYLE: Any = {
     "font.family": "sans-serif", "font.sans-serif": ["DejaVu Sans"], "font.size": 8.5, "svg.fonttype": "none",
     "text.color": INK, "axes.labelcolor": MUTED, "xtick.color": MUTED, "ytick.color": MUTED, "axes.edgecolor": GRID,
     "xtick.labelcolor": MUTED, "ytick.labelcolor": MUTED, "xtick.major.size": 0, "ytick.major.size": 0,
@@ -52,7 +52,7 @@ class Drawing(NamedTuple):
 
     def png(self) -> bytes:
         """The same picture as an image, with its title and a legend, which the page has beside it. Call it once."""
-        with matplotlib.rc_context(_STYLE):
+        with matplotlib.rc_context(STYLE):
             self.figure.suptitle(_plain(self.title), x=0.02, ha="left", fontsize=10)
             if len(self.lines) > 1:
                 handles = [Line2D([], [], **_line(index)) for _, index in self.lines]
@@ -82,7 +82,7 @@ def draw_all(runs: list[Run]) -> list[list[Drawing]]:
     if len(set(slugs)) < len(slugs):
         slugs = [f"{place}-{slug}" for place, slug in enumerate(slugs)]
     measured = [(run, slug) for run, slug in zip(runs, slugs, strict=True) if run.condensations]
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         groups = [
             _compare(runs, _main_comparisons()),
             [_draw_heatmaps(run, slug) for run, slug in measured],

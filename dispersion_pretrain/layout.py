@@ -42,7 +42,7 @@ class BatchLayout:
                 "ranks."
             )
         per_rank = sequences // world_size
-        legal = [n for n in _divisors(per_rank) if _pool_fits(pool, world_size, n)]
+        legal = legal_micro_batches(settings, world_size)
         if not legal:
             pools = [p for p in _divisors(sequences) if any(_pool_fits(p, world_size, n) for n in _divisors(per_rank))]
             raise ValueError(
@@ -72,6 +72,13 @@ class BatchLayout:
             pool_ranks=max(1, pool // wanted),
             pools_per_rank=max(1, wanted // pool),
         )
+
+
+def legal_micro_batches(settings: Settings, world_size: int) -> list[int]:
+    """Sequences a rank and micro-step that divide the batch and keep pools within a micro-step, ascending; or none."""
+    pool = settings.dispersion.pool_sequences if settings.dispersion else 1
+    per_rank, rest = divmod(settings.global_batch_sequences, world_size)
+    return [] if rest else [n for n in _divisors(per_rank) if _pool_fits(pool, world_size, n)]
 
 
 def _divisors(number: int) -> list[int]:

@@ -28,15 +28,20 @@ class ModelSize:
     vocabulary: int
 
 
-def model_config(settings: ModelSettings, *, vocabulary: int, sequence_length: int) -> PretrainedConfig:
+def model_config(settings: ModelSettings, *, vocabulary: int | None, sequence_length: int) -> PretrainedConfig:
     """The Hugging Face config of `settings`, checked against corpus and sequence length. Reads no weights.
 
-    A from-scratch config without vocab_size takes the corpus' vocabulary.
+    A from-scratch config without vocab_size takes the corpus' vocabulary. `vocabulary` None: the corpus is not known.
 
     Raises:
         ValueError: unknown model type or field, too few positions, or a vocabulary that is not the corpus'.
     """
     if settings.config is not None:
+        if vocabulary is None and "vocab_size" not in settings.config:
+            raise ValueError(
+                "model.config: vocab_size is missing, and the corpus, whose vocabulary it would be, is not read. One "
+                "of the two must say it. Add model.config.vocab_size, or have the corpus read."
+            )
         fields = {"vocab_size": vocabulary, **settings.config}
         model_type = fields.pop("model_type")
         try:
@@ -94,7 +99,7 @@ def _refuse_text_for_numbers(fields: dict[str, Any], defaults: PretrainedConfig)
             )
 
 
-def _check_fit(config: PretrainedConfig, *, vocabulary: int, sequence_length: int) -> None:
+def _check_fit(config: PretrainedConfig, *, vocabulary: int | None, sequence_length: int) -> None:
     positions = getattr(config, "max_position_embeddings", None)
     for name, value in (
         ("max_position_embeddings", 1 if positions is None else positions),
@@ -110,7 +115,7 @@ def _check_fit(config: PretrainedConfig, *, vocabulary: int, sequence_length: in
             f"max_position_embeddings). At most {positions} are allowed. Shorten the sequences or give the model more "
             "positions."
         )
-    if not vocabulary <= config.vocab_size <= vocabulary + VOCABULARY_PADDING:
+    if vocabulary is not None and not vocabulary <= config.vocab_size <= vocabulary + VOCABULARY_PADDING:
         raise ValueError(
             f"model vocabulary: the model has {config.vocab_size} entries, the corpus {vocabulary}. The model needs "
             "as many, or up to "

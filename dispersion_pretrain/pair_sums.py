@@ -322,7 +322,7 @@ def _runs_kernel(pair: PairSum, vectors: _Vectors, options: DispersionOptions) -
         pair.has_kernel
         and options.temperature >= 0.02
         and vectors.basis.dtype == torch.float32
-        and vectors.basis.device.type == "cpu"
+        and vectors.basis.untyped_storage().device.type == "cpu"  # a tensor that is only a shape has none there
         and angular_kernel.load() is not None
     )
 

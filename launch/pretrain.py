@@ -40,11 +40,16 @@ def parse_arguments() -> argparse.Namespace:
         "--ranks", type=int, metavar="N", help="--dry-run: number of processes to plan for (default: WORLD_SIZE, or 1)"
     )
     parser.add_argument(
+        "--no-corpus", action="store_true", help="--dry-run: check all but the corpora, which are not on this machine"
+    )
+    parser.add_argument(
         "--local_rank", type=int, help=argparse.SUPPRESS
     )  # the deepspeed launcher adds it; LOCAL_RANK says the same
     arguments = parser.parse_intermixed_args()
     if arguments.ranks is not None and arguments.ranks < 1:
         parser.error(f"--ranks: {arguments.ranks} is not allowed. At least 1 process is needed.")
+    if arguments.no_corpus and not arguments.dry_run:
+        parser.error("--no-corpus: given without --dry-run. A run needs its corpora. Leave it out.")
     return arguments
 
 
@@ -64,7 +69,8 @@ def main() -> int:
         if arguments.dry_run:
             from dispersion_pretrain.assembly import Plan
 
-            plan = Plan.make(settings, arguments.ranks or int(os.environ.get("WORLD_SIZE", "1")))
+            ranks = arguments.ranks or int(os.environ.get("WORLD_SIZE", "1"))
+            plan = Plan.make(settings, ranks, read_corpora=not arguments.no_corpus)
             if is_first:
                 print(plan.describe(settings))
             return 0

@@ -1,0 +1,242 @@
+"""How much memory a micro-step takes, from the training module itself, run on tensors that are only shapes.
+
+Forward and backward pass run as in training, recompute and dispersion term included, and every storage that an
+operation makes is counted from its birth to its end. So no formula for any architecture is needed, and what is easily
+forgotten is in: float32 copies within norms, the logits' float32 copy, its log-softmax and their gradients.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import PretrainedConfig
+
+from dispersion_pretrain.baselines import NoisyEmbeddings
+from dispersion_pretrain.config import Settings
+from dispersion_pretrain.model import build_model
+from dispersion_pretrain.objective import DispersionTerm, StepContext, TrainingModule
+
+Phase = Literal["forward", "term", "backward"]
+
+
+class Moment(NamedTuple):
+    """The highest point of a stretch of a micro-step; in the backward pass a stretch ends with a gradient."""
+
+    phase: Phase
+    num_bytes: float  # alive, without parameters and without gradients that are complete
+    logits_bytes: float  # of these: the logits, and all copies and gradients of them
+    gradients: int  # numbers of the gradients that were complete before
+
+
+class Parameter(NamedTuple):
+    """One trainable parameter."""
+
+    name: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class MicroStep:
+    """What the trace found. Every moment grows linearly with the micro-batch.
+
+    But in float32 a single sequence takes one copy of its logits less than this says: cutting off its last position
+    makes none.
+    """
+
+    parameters: tuple[Parameter, ...]
+    vocabulary: int
+    moments: tuple[tuple[Moment, Moment], ...]  # at micro-batches 2 and 3
+
+    def at(self, micro_batch: int) -> list[Moment]:
+        """The moments of a micro-batch of so many sequences."""
+
+        def extended(two: float, three: float) -> float:
+            return two + (micro_batch - 2) * (three - two)
+
+        return [
+            Moment(
+                two.phase,
+                extended(two.num_bytes, three.num_bytes),
+                extended(two.logits_bytes, three.logits_bytes),
+                two.gradients,
+            )
+            for two, three in self.moments
+        ]
+
+    @property
+    def num_parameters(self) -> int:
+        """Numbers of all parameters; tied ones once."""
+        return sum(torch.Size(parameter.shape).numel() for parameter in self.parameters)
+
+
+def trace_micro_step(settings: Settings, hub_config: PretrainedConfig, layers: list[int]) -> MicroStep:
+    """Trace a micro-step of 2 and of 3 sequences; takes seconds and no memory.
+
+    The dispersion term is traced with this rank's own embeddings as the pool. What others send, and the teacher of
+    distillation, is left to the caller. A compiled model is traced as if it were not: compiling saves a part.
+
+    Args:
+        layers: hidden states of the dispersion term; empty without one.
+
+    Raises:
+        ValueError: transformers cannot build the model.
+    """
+    with FakeTensorMode():
+        module = _module(settings, hub_config, layers)
+        found = [_moments(module, settings, micro_batch, hub_config.vocab_size) for micro_batch in (2, 3)]
+        parameters = tuple(
+            Parameter(name, tuple(parameter.shape))
+            for name, parameter in module.named_parameters()
+            if parameter.requires_grad
+        )
+    two, three = found
+    return MicroStep(parameters, hub_config.vocab_size, tuple(zip(two, three, strict=True)))
+
+
+def _module(settings: Settings, hub_config: PretrainedConfig, layers: list[int]) -> TrainingModule:
+    """The training module as the engine has it, without a weight and without other ranks."""
+    attention = "eager" if settings.model.attention == "eager" else "sdpa"  # the fused kinds keep the same tensors
+    shape_only = settings.model.model_copy(update={"pretrained": None, "attention": attention})
+    model: nn.Module = build_model(shape_only, hub_config)
+    term = None
+    if settings.dispersion is not None and settings.dispersion.coefficient > 0:
+        term = DispersionTerm(
+            settings.dispersion, layers=layers, seed=settings.run.seed, pools_per_rank=1, pool_group=None
+        )
+    noise = None
+    if settings.noisy_embeddings is not None:
+        noise = NoisyEmbeddings(settings.noisy_embeddings, seed=settings.run.seed)
+    module = TrainingModule(model, term, noise=noise).train()
+    if settings.model.precision == "bf16":
+        _cast_to_bfloat16(module)
+    return module
+
+
+def _cast_to_bfloat16(module: nn.Module) -> None:
+    """`module.bfloat16()`, which cannot exchange tensors that are only shapes; tied parameters stay tied."""
+    cast: dict[nn.Parameter, nn.Parameter] = {}
+    for owner in module.modules():
+        for name, parameter in owner.named_parameters(recurse=False):
+            if parameter not in cast:
+                cast[parameter] = nn.Parameter(parameter.detach().bfloat16(), requires_grad=parameter.requires_grad)
+            setattr(owner, name, cast[parameter])
+        for name, buffer in owner.named_buffers(recurse=False):
+            if buffer.is_floating_point():
+                setattr(owner, name, buffer.bfloat16())
+
+
+def _moments(module: TrainingModule, settings: Settings, micro_batch: int, vocabulary: int) -> list[Moment]:
+    length = settings.data.sequence_length
+    logits = {micro_batch * positions * vocabulary for positions in (length, length - 1)}
+    counter = _LiveBytes([*module.parameters(), *module.buffers()], vocabulary, logits)
+    moments: list[Moment] = []
+    gradients = 0
+
+    def end(phase: Phase) -> None:
+        moments.append(Moment(phase, *counter.take_peak(), gradients))
+
+    def drop(parameter: Tensor) -> None:
+        nonlocal gradients
+        end("backward")
+        gradients += parameter.numel()
+        parameter.grad = None
+
+    hooks: list[Any] = [
+        parameter.register_post_accumulate_grad_hook(drop)
+        for parameter in module.parameters()
+        if parameter.requires_grad
+    ]
+    if module.dispersion is not None:
+        hooks.append(module.dispersion.register_forward_pre_hook(lambda *_: end("forward")))
+        hooks.append(module.dispersion.register_forward_hook(lambda *_: end("term")))
+    coefficient = settings.dispersion.coefficient if settings.dispersion is not None else 0.0
+    context = StepContext(step=0, targets=float(micro_batch * (length - 1)), shares=1, coefficient=coefficient)
+    with _fused_attention(), counter:
+        input_ids = torch.zeros(micro_batch, length, dtype=torch.int64)
+        terms = module(input_ids, torch.arange(micro_batch), context)
+        end("forward")
+        terms.total.backward()
+        end("backward")
+    for hook in hooks:
+        hook.remove()
+    return moments
+
+
+class _LiveBytes(TorchDispatchMode):
+    """Counts the bytes of the storages that operations make, while they live."""
+
+    def __init__(self, known: list[Tensor], vocabulary: int, logits: set[int]) -> None:
+        """`known` tensors are not counted; a tensor (..., vocabulary) of as many numbers as `logits` is one of them."""
+        super().__init__()
+        self._vocabulary, self._logits = vocabulary, logits
+        self._alive = {True: 0, False: 0}  # logits, others
+        self._peak = (0, 0)  # all, logits
+        self._seen: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
+        for tensor in known:
+            self._seen[tensor.untyped_storage()] = True
+
+    def take_peak(self) -> tuple[float, float]:
+        """The highest count since the last call, and the logits' part in it."""
+        (total, logits), self._peak = self._peak, (sum(self._alive.values()), self._alive[True])
+        return float(total), float(logits)
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        outputs = function(*args, **(kwargs or {}))
+        for output in tree_leaves(outputs):
+            if isinstance(output, Tensor):
+                self._count(output)
+        return outputs
+
+    def _count(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if storage in self._seen:
+            return
+        self._seen[storage] = True
+        is_logits = tensor.numel() in self._logits and tensor.shape[-1] == self._vocabulary
+        self._alive[is_logits] += storage.nbytes()
+        self._peak = max(self._peak, (sum(self._alive.values()), self._alive[True]))
+        weakref.finalize(storage, self._end, is_logits, storage.nbytes())
+
+    def _end(self, is_logits: bool, num_bytes: int) -> None:
+        self._alive[is_logits] -= num_bytes
+
+
+class _FusedAttention(torch.autograd.Function):
+    """What fused attention keeps: its inputs, its output and a float32 number a row; no matrix of scores."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Make the tensors of the forward pass."""
+        output = query.new_empty(*query.shape[:-1], value.shape[-1])
+        row_sums = query.new_empty(query.shape[:-1], dtype=torch.float32)
+        ctx.save_for_backward(query, key, value, output, row_sums)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        """Make the three gradients."""
+        query, key, value, _, _ = ctx.saved_tensors
+        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+
+
+@contextmanager
+def _fused_attention() -> Iterator[None]:
+    """Let models call that instead of PyTorch's, which has no fused kind for tensors that are only shapes."""
+    original = functional.scaled_dot_product_attention
+    functional.scaled_dot_product_attention = lambda query, key, value, *_, **__: _FusedAttention.apply(
+        query, key, value
+    )
+    try:
+        yield
+    finally:
+        functional.scaled_dot_product_attention = original

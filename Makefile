@@ -20,10 +20,10 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # start whole runs and wait for them, come first.
 SIDE_BY_SIDE := -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help setup corpus demo test test-cluster test-gpu lint bench chaos clean
+.PHONY: help setup corpus demo test test-cluster test-container test-gpu lint bench chaos clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 setup: $(STAMP) ## make .venv and install the package, its pinned dependencies and the development tools
 
@@ -70,6 +70,9 @@ test: setup ## all tests that need neither a GPU nor a cluster
 test-cluster: setup ## the tests with a real Slurm and several hosts on this machine (root; installs Debian's packages)
 	$(CLEAR_LOCKS)
 	python -m pytest -m cluster tests/cluster --durations 0
+
+test-container: setup ## build the CPU image and train in it (root, minutes; installs buildah and podman from Debian)
+	python -m pytest -m container tests/cluster
 
 test-gpu: setup ## the tests that need a GPU
 	python -m pytest -m gpu tests/gpu

@@ -28,6 +28,15 @@ def describe(planner: Planner) -> str:
     return "\n\n".join("\n".join(part) for part in parts)
 
 
+def cost(planner: Planner) -> str:
+    """What the run costs, in one line: time, GPU-hours, memory of a GPU."""
+    chosen = planner.chosen
+    hours = chosen.days * 24
+    duration = f"{chosen.days:.1f} days" if hours >= 48 else f"{hours:.2g} hours"
+    needed = planner.device_bytes(chosen.memory) / 2**30
+    return f"{duration}, {chosen.gpu_hours:,.0f} GPU-hours, {needed:.0f} GiB a GPU"
+
+
 def _head(planner: Planner) -> list[str]:
     machine = planner.machine
     assumed = ", ".join(f"{name} {value:g}" for name, value in machine.assumptions().items())
@@ -109,8 +118,8 @@ def _step(planner: Planner) -> list[str]:
     lines += [
         f"  {'all':<22}{time.total:>9.4f}  {chosen.tokens_per_s:,.0f} tokens/s, "
         f"{chosen.tokens_per_s / planner.world_size:,.0f} a GPU, MFU {chosen.mfu:.1%}",
-        f"Run: {planner.settings.num_steps:,} steps, {chosen.days:.3g} days, {chosen.gpu_hours:,.0f} GPU-hours "
-        "(without validation, evaluation, failures and waiting)",
+        f"Run: {planner.settings.num_steps:,} steps, {cost(planner)} (without validation, evaluation, failures and "
+        "waiting)",
         f"Checkpoint: {saved.num_bytes / 1e9:,.4g} GB, training waits {saved.stall_s:.1f} s, written in "
         f"{saved.write_s:.0f} s {'beside it' if planner.settings.checkpoint.background else 'of these'}",
     ]

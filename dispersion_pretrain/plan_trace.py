@@ -138,7 +138,7 @@ def _cast_to_bfloat16(module: nn.Module) -> None:
 def _moments(module: TrainingModule, settings: Settings, micro_batch: int, vocabulary: int) -> list[Moment]:
     length = settings.data.sequence_length
     logits = {micro_batch * positions * vocabulary for positions in (length, length - 1)}
-    counter = _LiveBytes([*module.parameters(), *module.buffers()], vocabulary, logits)
+    counter = LiveBytes([*module.parameters(), *module.buffers()], vocabulary, logits)
     moments: list[Moment] = []
     gradients = 0
 
@@ -172,7 +172,7 @@ def _moments(module: TrainingModule, settings: Settings, micro_batch: int, vocab
     return moments
 
 
-class _LiveBytes(TorchDispatchMode):
+class LiveBytes(TorchDispatchMode):
     """Counts the bytes of the storages that operations make, while they live."""
 
     def __init__(self, known: list[Tensor], vocabulary: int, logits: set[int]) -> None:

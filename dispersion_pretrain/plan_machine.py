@@ -78,7 +78,8 @@ def load_machine(name: str, changes: dict[str, Any] | None = None) -> Machine:
     except OSError as error:
         raise ValueError(
             f"gpu: {show(name)} is not known and no readable file ({type(error).__name__}). "
-            f"{', '.join(shipped)} or a YAML file with the fields of configs/machines/h100.yaml are allowed. Correct it."
+            f"{', '.join(shipped)} or a YAML file with the fields of configs/machines/h100.yaml are allowed. "
+            "Correct it."
         ) from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: is no valid YAML ({' '.join(str(error).split())[:300]}). Correct it.") from None

@@ -136,9 +136,7 @@ def memory(
     return Memory(parameters, masters, moments, gathered, teacher, max(peaks, key=lambda peak: peak.total), host)
 
 
-def _micro_step(
-    settings: Settings, layout: BatchLayout, trace: MicroStep, part: Shards, pool: float
-) -> Iterator[Peak]:
+def _micro_step(settings: Settings, layout: BatchLayout, trace: MicroStep, part: Shards, pool: float) -> Iterator[Peak]:
     """The moments of the last micro-step of an accumulation, which finds the gradients of those before."""
     names = {"forward": "forward pass", "term": "dispersion term", "backward": "backward pass"}
     stage, size = settings.zero.stage, working_bytes(settings)
@@ -202,7 +200,9 @@ def pool_bytes(settings: Settings, layout: BatchLayout, *, layers: int, width: i
         return 0.0
     others = (term.pool_sequences - layout.micro_batch) * term.tokens_per_sequence
     in_order_and_in_float32 = size + 4 if size == 2 else 2 * size
-    vectors_of_its_own = 8 if term.angle == "atan2" or term.variant in ("infonce_l2", "l2_repel", "decorrelation") else 4
+    vectors_of_its_own = (
+        8 if term.angle == "atan2" or term.variant in ("infonce_l2", "l2_repel", "decorrelation") else 4
+    )
     return float(layers * others * width * max(in_order_and_in_float32, vectors_of_its_own))
 
 
@@ -218,11 +218,11 @@ def _teacher(settings: Settings, layout: BatchLayout, trace: MicroStep, paramete
 
 
 def checkpoint_bytes(settings: Settings, layout: BatchLayout, part: Shards) -> tuple[float, float]:
-    """Bytes of a checkpoint: all of it, and the part of the rank that has most to copy and write."""
+    """Bytes of a checkpoint: all of it, and the part of the rank that has most to copy and write.
+
+    At stage 3 the masters stand for the weights; at the others rank 0 writes the working weights besides.
+    """
     stage, size = settings.zero.stage, working_bytes(settings)
     state = float((_MOMENTS + (_MASTER if stage > 0 or size == 2 else 0)) * part.own)
-    weights = float(size * (part.own if stage == 3 else part.whole))
-    if stage == 0:
-        return weights + state, weights + state
-    all_states = layout.world_size * state
-    return all_states + weights * (layout.world_size if stage == 3 else 1), weights + state
+    weights = 0.0 if stage == 3 else float(size * part.whole)
+    return (layout.world_size if stage else 1) * state + weights, weights + state

@@ -49,7 +49,8 @@ def draw_scaling(planner: Planner, path: Path) -> None:
         right.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0%}"))
         right.grid(axis="x", visible=False)
         left.set_xticks(gpus, [f"{number:,}" for number in gpus], rotation=0 if len(gpus) < 7 else 45)
-        left.xaxis.set_minor_locator(NullLocator())
+        for axis in (left.xaxis, left.yaxis):
+            axis.set_minor_locator(NullLocator())
         handles, labels = right.get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=3)
         settings = planner.settings

@@ -180,9 +180,7 @@ def _term_s(settings: Settings, layout: BatchLayout, machine: Machine, *, layers
     return products + (16 * pairs + 3 * states) / (machine.memory_gb_s * 1e9)
 
 
-def _update_s(
-    settings: Settings, layout: BatchLayout, part: Shards, machine: Machine, gpus_per_node: int
-) -> float:
+def _update_s(settings: Settings, layout: BatchLayout, part: Shards, machine: Machine, gpus_per_node: int) -> float:
     """One pass over this rank's optimizer state, in the GPU's memory or in the host's, with the way there and back."""
     size = working_bytes(settings)
     num_bytes = part.own * (_UPDATE_BYTES + 2 * size)

@@ -28,7 +28,10 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--nodes", type=int, required=True, metavar="N", help="number of nodes")
     parser.add_argument("--gpus-per-node", type=int, default=8, metavar="G", help="GPUs of a node (default: 8)")
     parser.add_argument(
-        "--gpu", required=True, metavar="NAME|FILE", help="h100, h200, a100, or a YAML file like those in configs/machines"
+        "--gpu",
+        required=True,
+        metavar="NAME|FILE",
+        help="h100, h200, a100, or a YAML file like those in configs/machines",
     )
     parser.add_argument("--picture", type=Path, metavar="FILE", help="draw the scaling as .png or .svg")
     assumptions = parser.add_argument_group("assumptions, in place of the machine's")

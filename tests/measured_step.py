@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from deepspeed.comm import comm as deepspeed_comm
-from small_engine import deal
 from torch import Tensor
 
 from dispersion_pretrain import distributed
@@ -26,6 +25,7 @@ from dispersion_pretrain.layout import BatchLayout
 from dispersion_pretrain.model import build_model, model_config
 from dispersion_pretrain.objective import StepContext, TrainingModule
 from dispersion_pretrain.plan_trace import LiveBytes
+from small_engine import deal
 
 
 class Measured(NamedTuple):
@@ -53,7 +53,9 @@ class Step:
         self.vocabulary, term = hub_config.vocab_size, settings.dispersion
         self.layers = term.layer_indices(hub_config.num_hidden_layers) if term is not None else []
         distributed.seed_everything(0)
-        module = TrainingModule(build_model(settings.model, hub_config), dispersion_term(settings, self.layout, self.layers))
+        module = TrainingModule(
+            build_model(settings.model, hub_config), dispersion_term(settings, self.layout, self.layers)
+        )
         self.engine = DeepSpeedEngine(module, settings, self.layout)
         self.engine.train()
 
@@ -117,7 +119,9 @@ def _states(step: Step) -> tuple[int, int, int]:
     working = [getattr(parameter, "ds_tensor", parameter) for parameter in step.engine.module.parameters()]
     if stage == 3:
         masters = list(engine.optimizer.fp32_partitioned_groups_flat)
-        working += [parameter for parameter in step.engine.module.parameters() if parameter.numel() == parameter.ds_numel]
+        working += [
+            parameter for parameter in step.engine.module.parameters() if parameter.numel() == parameter.ds_numel
+        ]
     else:
         masters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     moments = [kept for master in masters for kept in optimizer.state[master].values() if kept.numel() > 1]
@@ -151,7 +155,14 @@ def _status(name: str) -> int:
 def _counted_traffic(step: Step) -> Iterator[dict[str, float]]:
     """Count what a rank sends: a ring sends all but one part of the whole, an all-reduce does so twice."""
     sent = dict.fromkeys(("reduced", "gathered", "pooled"), 0.0)
-    pool_group = step.engine.module.dispersion.pool_group if step.engine.module.dispersion is not None else None  # type: ignore[union-attr]
+    term: Any = step.engine.module.dispersion
+    within: list[bool] = []  # the dispersion term, whose collectives are the pool's
+    hooks = []
+    if term is not None:
+        hooks = [
+            term.register_forward_pre_hook(lambda *_: within.append(True)),
+            term.register_forward_hook(lambda *_: within.clear()),
+        ]
 
     def counting(function: Callable[..., Any], kind: str, factor: int, whole: str) -> Callable[..., Any]:
         signature = inspect.signature(function)
@@ -162,7 +173,7 @@ def _counted_traffic(step: Step) -> Iterator[dict[str, float]]:
             num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
             group = given.get("group")
             ranks = dist.get_world_size(group)
-            place = "pooled" if pool_group is not None and group is pool_group else kind
+            place = "pooled" if within else kind
             if num_bytes >= 1024:  # flags and norms are no traffic
                 sent[place] += factor * num_bytes * (ranks - 1) / ranks
             return function(*arguments, **options)
@@ -187,3 +198,5 @@ def _counted_traffic(step: Step) -> Iterator[dict[str, float]]:
     finally:
         for (holder, name, _), function in zip(places, originals, strict=True):
             setattr(holder, name, function)
+        for hook in hooks:
+            hook.remove()

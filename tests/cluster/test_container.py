@@ -8,9 +8,10 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-import container_image
 import pytest
 import yaml
+
+import container_image
 from small_run import small_settings, write_corpus
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -95,13 +95,22 @@ ALLOWED: dict[str, set[str]] = {
     "run_folder": {"condensation", "metrics"},
     "figures": {"condensation", "run_folder"},
     "report": {"condensation", "figures", "run_folder"},
+    "plan_machine": {"config", "plain_values"},
+    "plan_trace": {"baselines", "config", "model", "objective"},
+    "plan_memory": {"config", "engine", "layout", "plan_machine", "plan_trace"},
+    "plan_time": {"config", "engine", "layout", "metrics", "model", "plan_machine", "plan_memory"},
+    "plan": {
+        "assembly", "config", "layout", "metrics", "plan_machine", "plan_memory", "plan_time", "plan_trace",
+    },
+    "plan_text": {"plan", "plan_memory"},
+    "plan_picture": {"figures", "plan"},
 }  # fmt: skip
 
 # Only these modules may import the library at all, or (second set) only inside a function, where it is needed.
 CONFINED: dict[str, tuple[set[str], set[str]]] = {
     "deepspeed": ({"engine"}, set()),
     "lm_eval": (set(), {"evaluate", "suites"}),
-    "matplotlib": ({"figures"}, {"condensation", "measure_condensation"}),
+    "matplotlib": ({"figures", "plan_picture"}, {"condensation", "measure_condensation"}),
 }
 
 MAXIMUM_LINES = 500  # the aim is 400

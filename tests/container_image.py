@@ -16,7 +16,13 @@ from collections.abc import Mapping
 from pathlib import Path
 
 BASE = "docker.io/library/python:3.11-slim-bookworm"
-_PROGRAMS = {"buildah": "buildah", "podman": "podman", "mmdebstrap": "mmdebstrap", "runc": "runc", "newuidmap": "uidmap"}
+_PROGRAMS = {
+    "buildah": "buildah",
+    "podman": "podman",
+    "mmdebstrap": "mmdebstrap",
+    "runc": "runc",
+    "newuidmap": "uidmap",
+}
 _APT = ("/etc/apt/sources.list", "/etc/apt/sources.list.d", "/etc/apt/apt.conf.d", "/usr/share/keyrings")
 
 
@@ -80,8 +86,11 @@ def _package_settings(folder: Path) -> list[tuple[str, str]]:
     (folder / "pip.conf").write_text(
         "[global]\n" + "".join(f"{key} = {' '.join(values)}\n" for key, values in settings.items())
     )
-    named = re.findall(r"(?:file://)?(/[^\s'\"]+)", "\n".join(" ".join(values) for values in settings.values()))
-    local = sorted({str(Path(path)) for path in named if Path(path).exists()})
+    text = "\n".join(" ".join(values) for values in settings.values())
+    folders = {str(Path(path)) for path in re.findall(r"(?<![\w:/])(/[^\s]+)", text) if Path(path).exists()}
+    # The pages of an index link to files that lie beside them.
+    folders |= {str(Path(path).parent) for path in re.findall(r"file://(/[^\s]+)", text) if Path(path).exists()}
+    local = sorted(folders - {"/"})
     own = [path for path in (*_APT, *local) if Path(path).exists()]
     return [(str(folder / "pip.conf"), "/etc/pip.conf"), *((path, path) for path in own)]
 
@@ -89,4 +98,6 @@ def _package_settings(folder: Path) -> list[tuple[str, str]]:
 def _run(command: list[str]) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise RuntimeError(f"{' '.join(command[:3])} ... ends with {done.returncode}:\n{(done.stdout + done.stderr)[-4000:]}")
+        raise RuntimeError(
+            f"{' '.join(command[:3])} ... ends with {done.returncode}:\n{(done.stdout + done.stderr)[-4000:]}"
+        )

@@ -1,0 +1,165 @@
+"""The plan beside measured steps on this machine's processors: bytes and seconds of small models under DeepSpeed.
+
+Tensors: most bytes of tensors alive in a step beside what lasts, counted operation by operation; process: the same as the
+kernel counts it. The machine of the plan is calibrated at the start by one matrix product, one copy, one all-reduce, and
+by the step of the first case, whose ratio of seconds is therefore 1. Other work on the machine shows in the seconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import dispersion_pretrain  # noqa: F401  (before streaming, which imports torchvision)
+
+# isort: split
+import torch
+import torch.distributed as dist
+
+from dispersion_pretrain.config import Settings
+from dispersion_pretrain.engine import start_distributed
+from dispersion_pretrain.plan import Planner
+from dispersion_pretrain.plan_machine import Machine
+from dispersion_pretrain.settings_file import parse_settings
+from measured_step import measure
+
+LENGTH, VOCABULARY = 256, 4096
+POOL = {"pool_sequences": 8, "tokens_per_sequence": 64}
+CASES: dict[str, dict[str, Any]] = {  # what differs from the first
+    "gpt2 4 x 256, ZeRO-1": {},
+    "6 x 384, ZeRO-1": {"layers": 6, "width": 384},
+    "8 x 256, ZeRO-2, 2 micro-steps": {"layers": 8, "stage": 2, "micro_batch": 4},
+    "4 x 512, ZeRO-2": {"width": 512, "stage": 2},
+    "6 x 384, ZeRO-3": {"layers": 6, "width": 384, "stage": 3},
+    "4 x 256, ZeRO-1, recomputed": {"recompute": True},
+    "6 x 256, ZeRO-2, dispersion term": {"layers": 6, "stage": 2, "term": POOL},
+}
+
+
+def settings_of(
+    ranks: int,
+    *,
+    layers: int = 4,
+    width: int = 256,
+    stage: int = 1,
+    micro_batch: int = 8,
+    recompute: bool = False,
+    term: dict[str, Any] | None = None,
+) -> Settings:
+    """8 sequences a rank and step; buckets as small as the models are."""
+    fields = {
+        "model_type": "gpt2", "n_layer": layers, "n_embd": width, "n_head": width // 64, "n_positions": LENGTH,
+        "vocab_size": VOCABULARY, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0,
+    }  # fmt: skip
+    tokens = 8 * ranks * LENGTH
+    tree = {
+        "model": {"config": fields, "activation_checkpointing": recompute},
+        "data": {"corpus": "none", "sequence_length": LENGTH},
+        "training": {"global_batch_tokens": tokens, "max_tokens": 100 * tokens, "micro_batch": micro_batch},
+        "dispersion": term,
+        "zero": {"stage": stage, "overrides": {"zero_optimization": {"reduce_bucket_size": 1_000_000}}},
+    }
+    return parse_settings(tree, "benchmark")
+
+
+def seconds(function: Callable[[], Any], rounds: int = 7) -> float:
+    """The median of several calls."""
+    times = []
+    for _ in range(rounds):
+        dist.barrier()
+        begin = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - begin)
+    return sorted(times)[rounds // 2]
+
+
+def this_machine() -> Machine:
+    """What a rank has while all of them work."""
+    left, right = torch.randn(1024, 1024), torch.randn(1024, 1024)
+    flops = 2 * 1024**3 / seconds(lambda: left @ right)
+    source, target = torch.randn(2**24), torch.empty(2**24)
+    memory = 2 * source.nbytes / seconds(lambda: target.copy_(source))
+    ranks, link, hop = dist.get_world_size(), 1e12, 0.0
+    if ranks > 1:
+        small = torch.zeros(1)
+        hop = seconds(lambda: dist.all_reduce(small)) / (ranks - 1)
+        link = 2 * (ranks - 1) / ranks * source.nbytes / seconds(lambda: dist.all_reduce(source))
+    return Machine(
+        name="CPU", bf16_tflops=flops / 1e12, float32_tflops=flops / 1e12, memory_gib=64, memory_gb_s=memory / 1e9,
+        nvlink_gb_s=link / 1e9, internode_gb_s=link / 1e9, host_memory_gib=64, host_memory_gb_s=memory / 1e9,
+        host_link_gb_s=memory / 1e9, mfu=1.0, link_efficiency=1.0, hop_us=hop * 1e6, overlaps=False,
+    )  # fmt: skip
+
+
+def rank_job(rounds: int) -> None:
+    """Measure every case on the ranks that a launcher started; the first prints."""
+    start_distributed()
+    ranks = dist.get_world_size()
+    machine, mib = this_machine(), 2**20
+    is_first = dist.get_rank() == 0
+    if is_first:
+        print(
+            f"{ranks} ranks, {torch.get_num_threads()} thread each: {machine.float32_tflops * 1e3:.0f} GFLOP/s, "
+            f"{machine.memory_gb_s:.1f} GB/s copied, {machine.nvlink_gb_s if ranks > 1 else 0:.2f} GB/s between ranks"
+        )
+        print(
+            f"{'':<36}{'states MiB':>22}{'peak MiB':>11}{'tensors':>10}{'ratio':>7}{'process':>10}{'ratio':>7}"
+            f"{'step s':>10}{'measured':>10}{'ratio':>7}"
+        )
+    for name, change in CASES.items():
+        settings = settings_of(ranks, **change)
+        found = measure(settings, timed_steps=rounds)
+        plan = Planner(settings, machine, nodes=1, gpus_per_node=ranks)
+        if not change:  # the utilisation at which the first case takes what it took
+            rest = plan.chosen.time.total - plan.chosen.time.compute
+            share = plan.chosen.time.compute / max(found.seconds - rest, 1e-9)
+            machine = machine.model_copy(update={"mfu": min(1.0, share)})
+            plan = Planner(settings, machine, nodes=1, gpus_per_node=ranks)
+        needed, predicted = plan.chosen.memory, plan.chosen.time.total
+        peak = needed.peak.total + needed.gathered
+        states = needed.parameters + needed.masters + needed.moments
+        of_states = (found.parameters + found.masters + found.moments) / mib
+        if is_first:
+            print(
+                f"{name:<36}{f'{states / mib:.2f} = {of_states:.2f}':>22}{peak / mib:>11.1f}{found.tensors / mib:>10.1f}"
+                f"{peak / found.tensors:>7.2f}{found.resident / mib:>10.1f}{peak / max(1, found.resident):>7.2f}"
+                f"{predicted:>10.3f}{found.seconds:>10.3f}{predicted / found.seconds:>7.2f}",
+                flush=True,
+            )
+    if is_first:
+        print(f"utilisation of the first case: {machine.mfu:.2f} of the matrix product's", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=9, help="timed steps of a case")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
+    arguments = parser.parse_args()
+    if "RANK" in os.environ:
+        rank_job(arguments.rounds)
+        sys.stdout.flush()
+        os._exit(0)
+    # Memory that is freed goes back to the kernel at once, so that its count of the process is one of the step.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "DS_ACCELERATOR": "cpu"}
+    for ranks in arguments.ranks:
+        torchrun = Path(sys.executable).with_name("torchrun")
+        command = [
+            str(torchrun),
+            "--standalone",
+            "--nproc_per_node",
+            str(ranks),
+            __file__,
+            "--rounds",
+            str(arguments.rounds),
+        ]
+        subprocess.run(command, env=environment, check=True, stderr=subprocess.DEVNULL)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,8 +1,8 @@
 """Time of a step: computation at an assumed utilisation, what ranks send each other, the update, checkpoints.
 
-Volumes are those of ZeRO's paper (arXiv 1910.02054, section 7) with one difference: DeepSpeed 0.19 all-reduces gradients
-at stages 1 and 2 where the paper scatters them, so a rank sends 3 x the parameters a step instead of 2 x, and at stage 2
-it does so in every micro-step.
+Volumes are those of ZeRO's paper (arXiv 1910.02054, section 7) with one difference: DeepSpeed 0.19 all-reduces
+gradients at stages 1 and 2 where the paper scatters them, so a rank sends 3 x the parameters a step instead of 2 x, and
+at stage 2 it does so in every micro-step.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Plan a run without a GPU: memory, step time, communication, checkpoints, days and GPU-hours.
 
-python launch/plan.py --config configs/pretrain/qwen3_0.6b.yaml --nodes 80 --gpus-per-node 8 --gpu h100 [section.key=value]
+python launch/plan.py --config configs/pretrain/qwen3_0.6b.yaml --nodes 80 --gpus-per-node 8 --gpu h100
 
 Memory is that of the training module, traced on shapes; time rests on assumptions that the plan prints and that options
 such as --mfu 0.4 replace.

@@ -1,7 +1,7 @@
 """Builds the CPU image of docker/Dockerfile and runs commands in it, without a Docker engine and without a registry.
 
-The base image is made from Debian's packages under the name that the Dockerfile would pull. pip and apt in the build see
-what this machine's own see: their settings and the local folders that those name.
+The base image is made from Debian's packages under the name that the Dockerfile would pull. pip and apt in the build
+see what this machine's own see: their settings and the local folders that those name.
 """
 
 from __future__ import annotations

@@ -1,6 +1,4 @@
-"""What a real engine takes: bytes of its tensors by kind, the peak of a step, what ranks send, seconds. Beside it, what a
-plan says of the same settings.
-"""
+"""What a real engine takes: bytes of its tensors by kind, the peak of a step, what ranks send, seconds."""
 
 from __future__ import annotations
 
@@ -115,13 +113,12 @@ def measure(settings: Settings, *, timed_steps: int = 0) -> Measured:
 def _states(step: Step) -> tuple[int, int, int]:
     """Bytes of working parameters, masters and moments."""
     engine: Any = step.engine._engine
+    every: list[Any] = list(step.engine.module.parameters())
     stage, optimizer = step.settings.zero.stage, engine.basic_optimizer
-    working = [getattr(parameter, "ds_tensor", parameter) for parameter in step.engine.module.parameters()]
+    working = [getattr(parameter, "ds_tensor", parameter) for parameter in every]
     if stage == 3:
         masters = list(engine.optimizer.fp32_partitioned_groups_flat)
-        working += [
-            parameter for parameter in step.engine.module.parameters() if parameter.numel() == parameter.ds_numel
-        ]
+        working += [parameter for parameter in every if parameter.numel() == parameter.ds_numel]
     else:
         masters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     moments = [kept for master in masters for kept in optimizer.state[master].values() if kept.numel() > 1]

@@ -1,8 +1,9 @@
 """The plan beside measured steps on this machine's processors: bytes and seconds of small models under DeepSpeed.
 
-Tensors: most bytes of tensors alive in a step beside what lasts, counted operation by operation; process: the same as the
-kernel counts it. The machine of the plan is calibrated at the start by one matrix product, one copy, one all-reduce, and
-by the step of the first case, whose ratio of seconds is therefore 1. Other work on the machine shows in the seconds.
+Tensors: most bytes of tensors alive in a step beside what lasts, counted operation by operation; process: the same as
+the kernel counts it. The machine of the plan is calibrated at the start by one matrix product, one copy, one
+all-reduce, and by the step of the first case, whose ratio of seconds is therefore 1. Other work on the machine shows in
+the seconds.
 """
 
 from __future__ import annotations
@@ -127,9 +128,10 @@ def rank_job(rounds: int) -> None:
         of_states = (found.parameters + found.masters + found.moments) / mib
         if is_first:
             print(
-                f"{name:<36}{f'{states / mib:.2f} = {of_states:.2f}':>22}{peak / mib:>11.1f}{found.tensors / mib:>10.1f}"
-                f"{peak / found.tensors:>7.2f}{found.resident / mib:>10.1f}{peak / max(1, found.resident):>7.2f}"
-                f"{predicted:>10.3f}{found.seconds:>10.3f}{predicted / found.seconds:>7.2f}",
+                f"{name:<36}{f'{states / mib:.2f} = {of_states:.2f}':>22}{peak / mib:>11.1f}"
+                f"{found.tensors / mib:>10.1f}{peak / found.tensors:>7.2f}{found.resident / mib:>10.1f}"
+                f"{peak / max(1, found.resident):>7.2f}{predicted:>10.3f}{found.seconds:>10.3f}"
+                f"{predicted / found.seconds:>7.2f}",
                 flush=True,
             )
     if is_first:

@@ -34,7 +34,7 @@ LENGTH, VOCABULARY = 32, 96
 
 def small(model: str = "qwen3", **change: Any) -> Settings:
     """Settings of a model of two layers, changed by `section__key`."""
-    sizes = {
+    sizes: dict[str, dict[str, Any]] = {
         "qwen3": {
             "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
             "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64,
@@ -65,7 +65,7 @@ class TestMachine:
         machine = load_machine(path.stem)
         assert machine == load_machine(str(path))
         for precision in ("bf16", "float32"):
-            assert machine.peak(precision) == metrics.peak_flops(machine.name, precision)  # type: ignore[arg-type]
+            assert machine.peak(precision) == metrics.peak_flops(machine.name, precision)
 
     @pytest.mark.parametrize(
         ("change", "message"),

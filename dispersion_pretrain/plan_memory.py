@@ -72,7 +72,7 @@ def shards(parameters: tuple[Parameter, ...], stage: int, world_size: int, persi
     """How ZeRO divides the parameters.
 
     Stages 1 and 2 flatten a group (matrices; vectors) and pad it; stage 3 divides each parameter by itself, and those
-    with fewer numbers than the threshold (all, if there is one rank) are whole on every rank besides.
+    with fewer numbers than the threshold are whole on every rank besides, unless a rank's part is all of them.
     """
     sizes = [math.prod(parameter.shape) for parameter in parameters]
     whole, largest = sum(sizes), max(sizes)
@@ -86,7 +86,7 @@ def shards(parameters: tuple[Parameter, ...], stage: int, world_size: int, persi
         padded = sum(-(-group // unit) * unit for group in groups.values())
         return Shards(whole, padded // world_size, padded, largest)
     own = sum(-(-size // world_size) for size in sizes)
-    persistent = sum(size for size in sizes if size < persistence_threshold or world_size == 1)
+    persistent = sum(size for size in sizes if size < persistence_threshold and world_size > 1)
     return Shards(whole, own, own + persistent, largest)
 
 

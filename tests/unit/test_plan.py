@@ -136,6 +136,7 @@ class TestMemory:
         assert (flat.own, flat.working) == (16, 64)
         each = shards(parameters, 3, 4, 9)  # 8 + 2 + 7, and the 7 whole besides
         assert (each.own, each.working) == (17, 24)
+        assert shards(parameters, 3, 1, 9).working == 62
 
     def test_the_pool_by_hand(self) -> None:
         settings = small(model__precision="bf16", dispersion__pool_sequences=8, dispersion__tokens_per_sequence=4)

@@ -69,7 +69,7 @@ test: setup ## all tests that need neither a GPU nor a cluster
 
 test-cluster: setup ## the tests with a real Slurm and several hosts on this machine (root; installs Debian's packages)
 	$(CLEAR_LOCKS)
-	python -m pytest -m cluster tests/cluster --durations 0
+	python -m pytest -m "cluster and not container" tests/cluster --durations 0
 
 test-container: setup ## build the CPU image and train in it (root, minutes; installs buildah and podman from Debian)
 	python -m pytest -m container tests/cluster

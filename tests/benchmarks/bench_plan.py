@@ -2,8 +2,8 @@
 
 Tensors: most bytes of tensors alive in a step beside what lasts, counted operation by operation; process: the same as
 the kernel counts it. The machine of the plan is calibrated at the start by one matrix product, one copy and one
-all-reduce. Utilisation is an assumption of a plan and depends on a model's width: the first case of each width gives it,
-and has a ratio of seconds of 1. Other work on the machine shows in the seconds.
+all-reduce. Utilisation is an assumption of a plan and depends on a model's width: the first case of each width gives
+it, and has a ratio of seconds of 1. Other work on the machine shows in the seconds.
 """
 
 from __future__ import annotations

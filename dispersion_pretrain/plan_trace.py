@@ -23,7 +23,8 @@ from transformers import PretrainedConfig
 
 from dispersion_pretrain.baselines import NoisyEmbeddings
 from dispersion_pretrain.config import Settings
-from dispersion_pretrain.model import build_model
+from dispersion_pretrain.loss_head import CrossEntropyHead, rows_at_once
+from dispersion_pretrain.model import build_model, has_bare_head
 from dispersion_pretrain.objective import DispersionTerm, StepContext, TrainingModule
 
 Phase = Literal["forward", "term", "backward"]
@@ -91,9 +92,14 @@ def trace_micro_step(settings: Settings, hub_config: PretrainedConfig, layers: l
     Raises:
         ValueError: transformers cannot build the model.
     """
+    in_pieces = settings.model.loss_head == "pieces" and has_bare_head(hub_config)  # seen on numbers, so before
     with FakeTensorMode():
         module = _module(settings, hub_config, layers)
-        found = [_moments(module, settings, micro_batch, hub_config.vocab_size) for micro_batch in (2, 3)]
+        if in_pieces:
+            head: Any = module.get_submodule("model")
+            CrossEntropyHead.take_over(head.get_output_embeddings())
+            module.has_loss_head = True
+        found = [_moments(module, settings, micro_batch, hub_config) for micro_batch in (2, 3)]
         parameters = tuple(
             Parameter(name, tuple(parameter.shape))
             for name, parameter in module.named_parameters()
@@ -106,7 +112,7 @@ def trace_micro_step(settings: Settings, hub_config: PretrainedConfig, layers: l
 def _module(settings: Settings, hub_config: PretrainedConfig, layers: list[int]) -> TrainingModule:
     """The training module as the engine has it, without a weight and without other ranks."""
     attention = "eager" if settings.model.attention == "eager" else "sdpa"  # the fused kinds keep the same tensors
-    shape_only = settings.model.model_copy(update={"pretrained": None, "attention": attention})
+    shape_only = settings.model.model_copy(update={"pretrained": None, "attention": attention, "loss_head": "whole"})
     model: nn.Module = build_model(shape_only, hub_config)
     term = None
     if settings.dispersion is not None and settings.dispersion.coefficient > 0:
@@ -135,9 +141,10 @@ def _cast_to_bfloat16(module: nn.Module) -> None:
                 setattr(owner, name, buffer.bfloat16())
 
 
-def _moments(module: TrainingModule, settings: Settings, micro_batch: int, vocabulary: int) -> list[Moment]:
-    length = settings.data.sequence_length
-    logits = {micro_batch * positions * vocabulary for positions in (length, length - 1)}
+def _moments(module: TrainingModule, settings: Settings, micro_batch: int, config: PretrainedConfig) -> list[Moment]:
+    length, vocabulary = settings.data.sequence_length, config.vocab_size
+    targets, rows = micro_batch * (length - 1), rows_at_once(config.hidden_size)
+    logits = {number * vocabulary for number in (micro_batch * length, targets, rows, targets % rows)}
     counter = LiveBytes([*module.parameters(), *module.buffers()], vocabulary, logits)
     moments: list[Moment] = []
     gradients = 0

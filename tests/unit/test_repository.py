@@ -96,7 +96,7 @@ ALLOWED: dict[str, set[str]] = {
     "figures": {"condensation", "run_folder"},
     "report": {"condensation", "figures", "run_folder"},
     "plan_machine": {"config", "plain_values"},
-    "plan_trace": {"baselines", "config", "model", "objective"},
+    "plan_trace": {"baselines", "config", "loss_head", "model", "objective"},
     "plan_memory": {"config", "engine", "layout", "plan_machine", "plan_trace"},
     "plan_time": {"config", "engine", "layout", "metrics", "model", "plan_machine", "plan_memory"},
     "plan": {

@@ -48,7 +48,8 @@ class Parameter(NamedTuple):
 
 @dataclass(frozen=True)
 class MicroStep:
-    """What the trace found. Every moment grows linearly with the micro-batch.
+    """What the trace found. Every moment grows linearly with the micro-batch, but for one bend: logits in pieces grow
+    until a piece has all its rows.
 
     But in float32 a single sequence takes one copy of its logits less than this says: cutting off its last position
     makes none.
@@ -56,22 +57,25 @@ class MicroStep:
 
     parameters: tuple[Parameter, ...]
     vocabulary: int
-    moments: tuple[tuple[Moment, Moment], ...]  # at micro-batches 2 and 3
+    moments: dict[
+        int, tuple[tuple[Moment, Moment], ...]
+    ]  # at a micro-batch and the next: 2, and the first past the bend
 
     def at(self, micro_batch: int) -> list[Moment]:
         """The moments of a micro-batch of so many sequences."""
+        first = max((traced for traced in self.moments if traced <= micro_batch), default=min(self.moments))
 
-        def extended(two: float, three: float) -> float:
-            return two + (micro_batch - 2) * (three - two)
+        def extended(one: float, next_one: float) -> float:
+            return one + (micro_batch - first) * (next_one - one)
 
         return [
             Moment(
-                two.phase,
-                extended(two.num_bytes, three.num_bytes),
-                extended(two.logits_bytes, three.logits_bytes),
-                two.gradients,
+                one.phase,
+                extended(one.num_bytes, next_one.num_bytes),
+                extended(one.logits_bytes, next_one.logits_bytes),
+                one.gradients,
             )
-            for two, three in self.moments
+            for one, next_one in self.moments[first]
         ]
 
     @property
@@ -81,7 +85,7 @@ class MicroStep:
 
 
 def trace_micro_step(settings: Settings, hub_config: PretrainedConfig, layers: list[int]) -> MicroStep:
-    """Trace a micro-step of 2 and of 3 sequences; takes seconds and no memory.
+    """Trace micro-steps of few sequences; takes seconds and no memory.
 
     The dispersion term is traced with this rank's own embeddings as the pool. What others send, and the teacher of
     distillation, is left to the caller. A compiled model is traced as if it were not: compiling saves a part.
@@ -99,14 +103,17 @@ def trace_micro_step(settings: Settings, hub_config: PretrainedConfig, layers: l
             head: Any = module.get_submodule("model")
             CrossEntropyHead.take_over(head.get_output_embeddings())
             module.has_loss_head = True
-        found = [_moments(module, settings, micro_batch, hub_config) for micro_batch in (2, 3)]
+        one_piece = rows_at_once(hub_config.hidden_size) // (settings.data.sequence_length - 1) if in_pieces else 0
+        moments = {}
+        for first in (2, one_piece + 1) if one_piece > 2 else (2,):
+            one, next_one = (_moments(module, settings, first + more, hub_config) for more in (0, 1))
+            moments[first] = tuple(zip(one, next_one, strict=True))
         parameters = tuple(
             Parameter(name, tuple(parameter.shape))
             for name, parameter in module.named_parameters()
             if parameter.requires_grad
         )
-    two, three = found
-    return MicroStep(parameters, hub_config.vocab_size, tuple(zip(two, three, strict=True)))
+    return MicroStep(parameters, hub_config.vocab_size, moments)
 
 
 def _module(settings: Settings, hub_config: PretrainedConfig, layers: list[int]) -> TrainingModule:

@@ -97,6 +97,7 @@ class _SummedCrossEntropy(torch.autograd.Function):
                 elif of_weight is not None:
                     of_weight += gradient.t() @ rows
                 first += len(rows)
+                del logits, gradient  # else they live until the next piece has its own
         ctx.gradients = of_hidden, of_weight, of_bias
         ctx.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
         return total

@@ -62,7 +62,7 @@ class Planner:
 
     @cached_property
     def trace(self) -> MicroStep:
-        """The traced micro-step; seconds."""
+        """The micro-step, to be traced."""
         return trace_micro_step(self.settings, self.plan.hub_config, self.plan.layers)
 
     @cached_property

@@ -7,10 +7,10 @@ forgotten is in: float32 copies within norms, the logits' float32 copy, its log-
 
 from __future__ import annotations
 
+import functools
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -46,36 +46,40 @@ class Parameter(NamedTuple):
     shape: tuple[int, ...]
 
 
-@dataclass(frozen=True)
 class MicroStep:
-    """What the trace found. Every moment grows linearly with the micro-batch, but for one bend: logits in pieces grow
-    until a piece has all its rows.
+    """A training module that can be traced.
 
-    But in float32 a single sequence takes one copy of its logits less than this says: cutting off its last position
-    makes none.
+    From some micro-batch on every moment grows linearly, so that two traces tell all larger ones.
     """
 
-    parameters: tuple[Parameter, ...]
-    vocabulary: int
-    moments: dict[
-        int, tuple[tuple[Moment, Moment], ...]
-    ]  # at a micro-batch and the next: 2, and the first past the bend
+    def __init__(
+        self,
+        parameters: tuple[Parameter, ...],
+        vocabulary: int,
+        linear_from: int,
+        trace: Callable[[int], list[Moment]],
+    ) -> None:
+        """`trace` gives the moments of a micro-batch, which grow linearly from a micro-batch of `linear_from` on."""
+        self.parameters, self.vocabulary = parameters, vocabulary
+        self._linear_from, self._trace = linear_from, functools.cache(trace)
 
     def at(self, micro_batch: int) -> list[Moment]:
-        """The moments of a micro-batch of so many sequences."""
-        first = max((traced for traced in self.moments if traced <= micro_batch), default=min(self.moments))
+        """The moments of a micro-batch of so many sequences; seconds, when two new sizes have to be traced."""
+        first = self._linear_from
+        if micro_batch <= first + 1:
+            return self._trace(micro_batch)
 
-        def extended(one: float, next_one: float) -> float:
-            return one + (micro_batch - first) * (next_one - one)
+        def extended(small: float, large: float) -> float:
+            return small + (micro_batch - first) * (large - small)
 
         return [
             Moment(
-                one.phase,
-                extended(one.num_bytes, next_one.num_bytes),
-                extended(one.logits_bytes, next_one.logits_bytes),
-                one.gradients,
+                small.phase,
+                extended(small.num_bytes, large.num_bytes),
+                extended(small.logits_bytes, large.logits_bytes),
+                small.gradients,
             )
-            for one, next_one in self.moments[first]
+            for small, large in zip(self._trace(first), self._trace(first + 1), strict=True)
         ]
 
     @property
@@ -85,7 +89,7 @@ class MicroStep:
 
 
 def trace_micro_step(settings: Settings, hub_config: PretrainedConfig, layers: list[int]) -> MicroStep:
-    """Trace micro-steps of few sequences; takes seconds and no memory.
+    """Make the training module of shapes alone, which takes no memory, to be traced at any micro-batch.
 
     The dispersion term is traced with this rank's own embeddings as the pool. What others send, and the teacher of
     distillation, is left to the caller. A compiled model is traced as if it were not: compiling saves a part.
@@ -96,31 +100,35 @@ def trace_micro_step(settings: Settings, hub_config: PretrainedConfig, layers: l
     Raises:
         ValueError: transformers cannot build the model.
     """
-    in_pieces = settings.model.loss_head == "pieces" and has_bare_head(hub_config)  # seen on numbers, so before
-    with FakeTensorMode():
-        module = _module(settings, hub_config, layers)
-        if in_pieces:
-            head: Any = module.get_submodule("model")
-            CrossEntropyHead.take_over(head.get_output_embeddings())
-            module.has_loss_head = True
-        one_piece = rows_at_once(hub_config.hidden_size) // (settings.data.sequence_length - 1) if in_pieces else 0
-        moments = {}
-        for first in (2, one_piece + 1) if one_piece > 2 else (2,):
-            one, next_one = (_moments(module, settings, first + more, hub_config) for more in (0, 1))
-            moments[first] = tuple(zip(one, next_one, strict=True))
+    # Shapes alone do not tell what a head computes. The teacher's divergence reads whole logits.
+    in_pieces = settings.model.loss_head == "pieces" and settings.distillation is None and has_bare_head(hub_config)
+    linear_from = 2  # the last position of a single sequence is cut off without a copy
+    if in_pieces:  # and with fewer than two pieces of the loss head these are smaller
+        rows = rows_at_once(hub_config.hidden_size)
+        linear_from = max(linear_from, -(-2 * rows // (settings.data.sequence_length - 1)))
+    mode = FakeTensorMode()
+    with mode:
+        module = _module(settings, hub_config, layers, in_pieces=in_pieces)
         parameters = tuple(
             Parameter(name, tuple(parameter.shape))
             for name, parameter in module.named_parameters()
             if parameter.requires_grad
         )
-    return MicroStep(parameters, hub_config.vocab_size, moments)
+
+    def trace(micro_batch: int) -> list[Moment]:
+        with mode:
+            return _moments(module, settings, micro_batch, hub_config.vocab_size)
+
+    return MicroStep(parameters, hub_config.vocab_size, linear_from, trace)
 
 
-def _module(settings: Settings, hub_config: PretrainedConfig, layers: list[int]) -> TrainingModule:
+def _module(settings: Settings, hub_config: PretrainedConfig, layers: list[int], *, in_pieces: bool) -> TrainingModule:
     """The training module as the engine has it, without a weight and without other ranks."""
     attention = "eager" if settings.model.attention == "eager" else "sdpa"  # the fused kinds keep the same tensors
-    shape_only = settings.model.model_copy(update={"pretrained": None, "attention": attention, "loss_head": "whole"})
-    model: nn.Module = build_model(shape_only, hub_config)
+    changes = {"pretrained": None, "attention": attention, "loss_head": "whole"}
+    model: Any = build_model(settings.model.model_copy(update=changes), hub_config)
+    if in_pieces:
+        CrossEntropyHead.take_over(model.get_output_embeddings())
     term = None
     if settings.dispersion is not None and settings.dispersion.coefficient > 0:
         term = DispersionTerm(
@@ -148,11 +156,9 @@ def _cast_to_bfloat16(module: nn.Module) -> None:
                 setattr(owner, name, buffer.bfloat16())
 
 
-def _moments(module: TrainingModule, settings: Settings, micro_batch: int, config: PretrainedConfig) -> list[Moment]:
-    length, vocabulary = settings.data.sequence_length, config.vocab_size
-    targets, rows = micro_batch * (length - 1), rows_at_once(config.hidden_size)
-    logits = {number * vocabulary for number in (micro_batch * length, targets, rows, targets % rows)}
-    counter = LiveBytes([*module.parameters(), *module.buffers()], vocabulary, logits)
+def _moments(module: TrainingModule, settings: Settings, micro_batch: int, vocabulary: int) -> list[Moment]:
+    length = settings.data.sequence_length
+    counter = LiveBytes([*module.parameters(), *module.buffers()], vocabulary)
     moments: list[Moment] = []
     gradients = 0
 
@@ -189,10 +195,10 @@ def _moments(module: TrainingModule, settings: Settings, micro_batch: int, confi
 class LiveBytes(TorchDispatchMode):
     """Counts the bytes of the storages that operations make, while they live."""
 
-    def __init__(self, known: list[Tensor], vocabulary: int, logits: set[int]) -> None:
-        """`known` tensors are not counted; a tensor (..., vocabulary) of as many numbers as `logits` is one of them."""
+    def __init__(self, known: list[Tensor], vocabulary: int) -> None:
+        """`known` tensors are not counted; a tensor (rows, vocabulary) counts as logits, or as a copy of them."""
         super().__init__()
-        self._vocabulary, self._logits = vocabulary, logits
+        self._vocabulary = vocabulary
         self._alive = {True: 0, False: 0}  # logits, others
         self._peak = (0, 0)  # all, logits
         self._seen: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
@@ -216,7 +222,7 @@ class LiveBytes(TorchDispatchMode):
         if storage in self._seen:
             return
         self._seen[storage] = True
-        is_logits = tensor.numel() in self._logits and tensor.shape[-1] == self._vocabulary
+        is_logits = tensor.dim() > 1 and tensor.shape[-1] == self._vocabulary
         self._alive[is_logits] += storage.nbytes()
         self._peak = max(self._peak, (sum(self._alive.values()), self._alive[True]))
         weakref.finalize(storage, self._end, is_logits, storage.nbytes())

@@ -91,7 +91,7 @@ def measure(settings: Settings, *, timed_steps: int = 0) -> Measured:
     step(3)
     resident = _status("VmHWM") - before
     known = [thing for thing in gc.get_objects() if isinstance(thing, Tensor) and thing.layout is torch.strided]
-    counter = LiveBytes(known, step.vocabulary, set())
+    counter = LiveBytes(known, step.vocabulary)
     del known
     with counter:
         step(4)

@@ -28,7 +28,7 @@ from small_run import launch_script
 ROOT = Path(__file__).resolve().parents[2]
 MACHINES = sorted((ROOT / "configs" / "machines").glob("*.yaml"))
 RUNS = sorted((ROOT / "configs" / "pretrain").glob("*.yaml"))
-LENGTH, VOCABULARY = 32, 96
+LENGTH, VOCABULARY, SEQUENCES = 32, 96, 4
 
 
 def small(model: str = "qwen3", **change: Any) -> Settings:
@@ -56,6 +56,26 @@ def small(model: str = "qwen3", **change: Any) -> Settings:
 
 def planner(settings: Settings, *, gpus: int = 8, nodes: int = 1, **change: Any) -> Planner:
     return Planner(settings, load_machine("h100", change), nodes=nodes, gpus_per_node=gpus)
+
+
+def predicted_and_measured(settings: Settings, sequences: int) -> tuple[float, float]:
+    """Most bytes alive in a micro-step, traced on shapes and counted in a real one."""
+    hub_config = model_config(settings.model, vocabulary=None, sequence_length=LENGTH)
+    term, layers = None, []
+    if settings.dispersion is not None:
+        layers, pools = [1, 2], sequences // settings.dispersion.pool_sequences
+        term = DispersionTerm(settings.dispersion, layers=layers, seed=0, pools_per_rank=pools, pool_group=None)
+    module = TrainingModule(build_model(settings.model, hub_config), term).train()
+    for parameter in module.parameters():
+        parameter.register_post_accumulate_grad_hook(lambda parameter: setattr(parameter, "grad", None))
+    counter = LiveBytes([*module.parameters(), *module.buffers()], VOCABULARY)
+    context = StepContext(0, sequences * (LENGTH - 1.0), 1, 0.1)
+    with counter:
+        terms = module(torch.zeros(sequences, LENGTH, dtype=torch.int64), torch.arange(sequences), context)
+        terms.total.backward()
+    trace = trace_micro_step(settings, hub_config, layers)
+    assert trace.num_parameters == sum(parameter.numel() for parameter in module.parameters())
+    return max(moment.num_bytes for moment in trace.at(sequences)), counter.take_peak()[0]
 
 
 class TestMachine:
@@ -94,28 +114,24 @@ class TestMachine:
 class TestTrace:
     @pytest.mark.parametrize("model", ["qwen3", "gpt2"])
     @pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "recomputed"])
-    def test_shapes_alone_take_what_real_tensors_take(self, model: str, checkpointing: bool) -> None:
+    @pytest.mark.parametrize("head", ["pieces", "whole"])
+    def test_shapes_alone_take_what_real_tensors_take(self, model: str, checkpointing: bool, head: str) -> None:
         settings = small(
             model,
             model__activation_checkpointing=checkpointing,
+            model__loss_head=head,
             dispersion__pool_sequences=2,
             dispersion__tokens_per_sequence=8,
         )
-        hub_config = model_config(settings.model, vocabulary=None, sequence_length=LENGTH)
-        trace = trace_micro_step(settings, hub_config, [1, 2])
-        term = DispersionTerm(settings.dispersion, layers=[1, 2], seed=0, pools_per_rank=2, pool_group=None)  # type: ignore[arg-type]
-        module = TrainingModule(build_model(settings.model, hub_config), term).train()
-        for parameter in module.parameters():
-            parameter.register_post_accumulate_grad_hook(lambda parameter: setattr(parameter, "grad", None))
-        counter = LiveBytes([*module.parameters(), *module.buffers()], VOCABULARY, {4 * LENGTH * VOCABULARY})
-        with counter:
-            terms = module(
-                torch.zeros(4, LENGTH, dtype=torch.int64), torch.arange(4), StepContext(0, 4.0 * (LENGTH - 1), 1, 0.1)
-            )
-            terms.total.backward()
-        measured, _ = counter.take_peak()
-        assert max(moment.num_bytes for moment in trace.at(4)) == pytest.approx(measured, rel=0.05)
-        assert trace.num_parameters == sum(parameter.numel() for parameter in module.parameters())
+        predicted, measured = predicted_and_measured(settings, SEQUENCES)
+        assert predicted == pytest.approx(measured, rel=0.05)
+
+    @pytest.mark.parametrize("head", ["pieces", "whole"])
+    def test_larger_micro_batches_follow_from_two(self, head: str) -> None:
+        settings = small(model__loss_head=head)  # pieces of 256 tokens are whole from 17 sequences on
+        for sequences in (1, 17, 40):
+            predicted, measured = predicted_and_measured(settings, sequences)
+            assert predicted == pytest.approx(measured, rel=0.01)
 
     def test_it_leaves_no_trace(self) -> None:
         settings = small()
@@ -128,14 +144,14 @@ class TestTrace:
 
 class TestMemory:
     def test_shards_by_hand(self) -> None:
-        parameters = (Parameter("a", (10, 3)), Parameter("b", (7,)), Parameter("c", (5, 5)))
+        parameters = (Parameter("a", (10, 3)), Parameter("b", (7,)), Parameter("c", (5, 6)))
         assert shards(parameters, 0, 4, 9) == (whole := shards(parameters, 0, 1, 9))
-        assert (whole.whole, whole.own, whole.working) == (62, 62, 62)
-        flat = shards(parameters, 2, 4, 9)  # 55 -> 56 and 7 -> 8, in units of 2 x 4
-        assert (flat.own, flat.working) == (16, 64)
-        each = shards(parameters, 3, 4, 9)  # 8 + 2 + 7, and the 7 whole besides
-        assert (each.own, each.working) == (17, 24)
-        assert shards(parameters, 3, 1, 9).working == 62
+        assert (whole.whole, whole.own, whole.working) == (67, 67, 67)
+        flat = shards(parameters, 2, 4, 9)  # 60 -> 64 and 7 -> 8, in units of 2 x 4
+        assert (flat.own, flat.working) == (18, 72)
+        each = shards(parameters, 3, 4, 9)  # 8 + 2 + 8, and the 7 whole besides
+        assert (each.own, each.working) == (18, 25)
+        assert shards(parameters, 3, 1, 9).working == 67
 
     def test_the_pool_by_hand(self) -> None:
         settings = small(model__precision="bf16", dispersion__pool_sequences=8, dispersion__tokens_per_sequence=4)

@@ -28,7 +28,7 @@ from dispersion_pretrain.dispersion import checked_variant
 from dispersion_pretrain.engine import DeepSpeedEngine, sharded_for_inference
 from dispersion_pretrain.faults import FaultWatch
 from dispersion_pretrain.layout import BatchLayout
-from dispersion_pretrain.model import ModelSize, build_model, model_config, model_size
+from dispersion_pretrain.model import ModelSize, build_model, has_bare_head, model_config, model_size
 from dispersion_pretrain.objective import DispersionTerm, GradientRatioCap, StepContext, TrainingModule, options_of
 
 
@@ -182,6 +182,7 @@ class Plan:
             f"ranks x {layout.micro_batch} micro-batch x {layout.accumulation} accumulation",
             f"run          {settings.num_steps:,} steps, {tokens:,} tokens, into {settings.run_folder}",
             f"ZeRO         stage {settings.zero.stage}",
+            *self._describe_head(settings),
             *self._describe_baselines(settings),
         ]
         term = settings.dispersion
@@ -209,6 +210,18 @@ class Plan:
         if changes:
             lines.append(f"             the coefficient {', '.join(changes)}")
         return "\n".join(lines)
+
+    def _describe_head(self, settings: Settings) -> list[str]:
+        """Why logits are held whole although the settings want pieces; nothing where they are not."""
+        if settings.model.loss_head == "whole":
+            return []
+        if settings.distillation is not None:
+            return ["loss head    whole logits in training: the divergence from the teacher reads them"]
+        if not has_bare_head(self.hub_config):
+            return [
+                f"loss head    whole logits: {self.hub_config.model_type} does more with them than a matrix product"
+            ]
+        return []
 
     def _describe_baselines(self, settings: Settings) -> list[str]:
         lines = []

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterable
@@ -19,12 +18,10 @@ from typing import Any
 from dispersion_pretrain import distributed, exit_codes, heartbeat, provenance
 from dispersion_pretrain.config import Settings
 from dispersion_pretrain.heartbeat import Beat
-from dispersion_pretrain.metrics import METRICS_FILE, STARTS_FILE, append_line, cut_torn_line
+from dispersion_pretrain.metrics import STARTS_FILE, append_line, cut_torn_line, last_training_record
 from dispersion_pretrain.settings_file import dump_settings
 
 ENDS_FILE = "ends.jsonl"
-
-_TAIL_BYTES = 1 << 18  # of metrics.jsonl, in which the last record is looked for
 
 # What a rank says whose peer has gone: not the cause.
 _OF_A_PEER = re.compile(
@@ -100,7 +97,9 @@ def _record_last(folder: Path, log_every_steps: int) -> list[End]:
     beats, start = heartbeat.read_beats(beats_folder), _last_start(folder)
     if beats and start is not None:
         first_step, fingerprint, metrics_bytes = start
-        logged = None if metrics_bytes is None else _last_logged(folder / METRICS_FILE, metrics_bytes) or first_step
+        logged = None
+        if metrics_bytes is not None:
+            logged = last_training_record(folder, behind_bytes=metrics_bytes).get("step", first_step)
         end = conclude(beats, first_step, fingerprint, logged_step=logged, log_every_steps=log_every_steps)
         if not ends or ends[-1].time != end.time:  # else a kill came between the two lines below
             cut_torn_line(path)
@@ -184,24 +183,6 @@ def _last_start(folder: Path) -> tuple[int, str, int | None] | None:
         return start["resumed_from_step"], fingerprint, start.get("metrics_bytes")
     except (OSError, ValueError, LookupError):
         return None
-
-
-def _last_logged(path: Path, before_bytes: int) -> int | None:
-    """The last step of which there is a record behind the first `before_bytes` bytes of metrics.jsonl."""
-    try:
-        with open(path, "rb") as file:
-            file.seek(max(before_bytes, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
-            lines = file.read().splitlines()
-    except OSError:
-        return None
-    for line in reversed(lines):
-        try:
-            record = json.loads(line)
-            if "loss/total" in record:
-                return int(record["step"])
-        except (ValueError, TypeError, LookupError):  # a line that a kill cut, or the middle of one
-            continue
-    return None
 
 
 def _fingerprint(settings: str, versions: dict[str, str] | None = None, commit: str | None = None) -> str:

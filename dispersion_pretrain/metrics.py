@@ -11,6 +11,7 @@ import errno
 import json
 import logging
 import math
+import os
 import re
 import resource
 import sys
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 METRICS_FILE = "metrics.jsonl"
 STARTS_FILE = "starts.jsonl"
+_TAIL_BYTES = 2**18  # of metrics.jsonl, in which the last record is looked for
 TENSORBOARD_FOLDER = "tensorboard"
 _MAX_UNWRITTEN = 10_000  # records that wait for room on the disk
 
@@ -244,6 +246,28 @@ def read_metrics(run_folder: Path | str) -> list[dict[str, Any]]:
         values = {key: math.nan if value is None else value for key, value in record.items()}
         steps.setdefault(record["step"], {}).update(values)
     return [steps[step] for step in sorted(steps)]
+
+
+def last_training_record(run_folder: Path | str, *, behind_bytes: int = 0) -> dict[str, Any]:
+    """Return the last record of an optimizer step, read from the end of metrics.jsonl alone; {} where there is none.
+
+    Args:
+        behind_bytes: only what comes behind so many bytes of the file counts.
+    """
+    try:
+        with open(Path(run_folder) / METRICS_FILE, "rb") as file:
+            file.seek(max(behind_bytes, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
+            lines = file.read().splitlines()
+    except OSError:
+        return {}
+    for line in reversed(lines):
+        try:
+            record = json.loads(line)
+        except ValueError:  # a line that a kill cut, or the middle of one
+            continue
+        if isinstance(record, dict) and isinstance(record.get("step"), int) and "loss/total" in record:
+            return record
+    return {}
 
 
 def cut_torn_line(path: Path) -> None:

@@ -5,15 +5,14 @@ A machine is a YAML file with the fields of `Machine`; h100, h200 and a100 are s
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
 from typing import Any
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from dispersion_pretrain.config import Settings
-from dispersion_pretrain.plain_values import PlainLoader, refuse_odd_values, show
+from dispersion_pretrain.plain_values import show
+from dispersion_pretrain.settings_file import parse_tree, read_yaml
 
 _FOLDER = Path(__file__).resolve().parent.parent / "configs" / "machines"
 
@@ -73,36 +72,12 @@ def load_machine(name: str, changes: dict[str, Any] | None = None) -> Machine:
     """
     shipped = {path.stem: path for path in sorted(_FOLDER.glob("*.yaml"))}
     path = shipped.get(name, Path(name))
-    try:
-        fields = yaml.load(path.read_text(encoding="utf-8"), PlainLoader)
-    except OSError as error:
+    if not path.is_file():
         raise ValueError(
-            f"gpu: {show(name)} is not known and no readable file ({type(error).__name__}). "
-            f"{', '.join(shipped)} or a YAML file with the fields of configs/machines/h100.yaml are allowed. "
-            "Correct it."
-        ) from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: is no valid YAML ({' '.join(str(error).split())[:300]}). Correct it.") from None
-    if not isinstance(fields, dict):
-        raise ValueError(
-            f"{path}: holds {type(fields).__name__}. A mapping is needed. Take configs/machines/h100.yaml as a pattern."
+            f"gpu: {show(name)} is not known and no file. {', '.join(shipped)} or a YAML file with the fields of "
+            "configs/machines/h100.yaml are allowed. Correct it."
         )
-    refuse_odd_values(fields, str(path))
-    try:
-        return Machine.model_validate({**fields, **(changes or {})})
-    except ValidationError as error:
-        raise ValueError("\n".join(f"{path}: {_explain(fault)}" for fault in error.errors())) from None
-
-
-def _explain(fault: Any) -> str:
-    field, value = ".".join(map(str, fault["loc"])), fault.get("input")
-    if fault["type"] == "missing":
-        return f"{field}: is missing. It has no default: {Machine.model_fields[field].description}. Add it."
-    if fault["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(field, Machine.model_fields, n=1, cutoff=0.5)
-        hint = f"Did you mean {near[0]}?" if near else f"Known: {', '.join(Machine.model_fields)}."
-        return f"{field}: unknown field, with the value {show(value)}. {hint}"
-    return f"{field}: {show(value)} is not allowed. {fault['msg']}. Correct it."
+    return parse_tree(Machine, {**read_yaml(path), **(changes or {})}, str(path))
 
 
 def working_bytes(settings: Settings) -> int:

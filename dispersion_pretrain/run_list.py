@@ -18,9 +18,8 @@ from typing import Any
 import yaml
 
 from dispersion_pretrain import crash_loop, exit_codes, heartbeat, slurm, submission
-from dispersion_pretrain.metrics import METRICS_FILE, STARTS_FILE, format_duration
+from dispersion_pretrain.metrics import METRICS_FILE, STARTS_FILE, format_duration, last_training_record
 
-_TAIL_BYTES = 2**17
 _FRESH_S, _FRESH_S_PER_RANK = 60.0, 0.2  # beats come every few seconds, of many ranks more seldom
 _OF_EXIT_CODE = {exit_codes.DONE: "ended", exit_codes.REQUEUE: "stopped", exit_codes.HANG: "hung"}
 
@@ -74,7 +73,7 @@ def _find(folder: Path, depth: int) -> list[Path]:
 
 def _state(run: Path, records: list[dict[str, Any]], queue: Mapping[str, slurm.QueueEntry]) -> RunState:
     settings = _settings(run)
-    last = _last_record(run / METRICS_FILE)
+    last = last_training_record(run)
     jobs = [record["job"] for record in records]
     job = next((job for job in reversed(jobs) if job in queue), jobs[-1] if jobs else None)
     state, note = _state_and_note(run, queue.get(job or ""), was_submitted=bool(jobs))
@@ -131,24 +130,6 @@ def _settings(run: Path) -> dict[str, Any]:
             continue
         if isinstance(tree, dict):
             return tree
-    return {}
-
-
-def _last_record(path: Path) -> dict[str, Any]:
-    """The last record of a training step, from the end of the file alone."""
-    try:
-        with open(path, "rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
-            lines = file.read().splitlines()
-    except OSError:
-        return {}
-    for line in reversed(lines):
-        try:
-            record = json.loads(line)
-        except ValueError:  # cut by a kill, or by the begin of the tail
-            continue
-        if isinstance(record, dict) and "loss/total" in record:
-            return record
     return {}
 
 

@@ -151,12 +151,15 @@ def _explain(fault: Any, root: type[BaseModel]) -> str:
     key = ".".join(location) or "settings"
     kind, value = fault["type"], fault.get("input")
     if kind == "extra_forbidden":
-        known = _known_keys(location[:-1], root)
+        section = _section(location[:-1], root)
+        known = list(section.model_fields) if section is not None else []
         near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
         hint = f"Did you mean {near[0]}?" if near else f"Known here: {', '.join(known)}."
         return f"{key}: unknown key, with the value {show(value)}. {hint}"
     if kind == "missing":
-        return f"{key}: is missing. It has no default. Add it."
+        section = _section(location[:-1], root)
+        description = section.model_fields[location[-1]].description if section is not None else None
+        return f"{key}: is missing. It has no default{f': {description}' if description else ''}. Add it."
     if kind == "value_error":
         message = str(fault["ctx"]["error"])
         return message if not location else f"{key}.{message}"
@@ -170,14 +173,14 @@ _UNION_TAGS = {
 }
 
 
-def _known_keys(location: list[str], root: type[BaseModel]) -> list[str]:
-    section: Any = root
+def _section(location: list[str], root: type[BaseModel]) -> type[BaseModel] | None:
+    section: type[BaseModel] | None = root
     for part in location:
-        field = section.model_fields.get(part) if isinstance(section, type) and issubclass(section, BaseModel) else None
+        field = section.model_fields.get(part) if section is not None else None
         if field is None:
-            return []
+            return None
         section = _model_of(field.annotation)
-    return list(section.model_fields) if section is not None else []
+    return section
 
 
 def _model_of(annotation: Any) -> type[BaseModel] | None:

@@ -138,6 +138,8 @@ def test_long_accumulation_is_cut_and_said(pair: list[Found]) -> None:
 class OnRanks(TrainingModule):
     """An objective that is wrong where there are ranks or accumulation; in the reference it finds neither."""
 
+    sample_index: Tensor | None = None  # of the micro-step at hand
+
     def forward(
         self,
         input_ids: Tensor,
@@ -146,6 +148,7 @@ class OnRanks(TrainingModule):
         with_logits: bool = False,
     ) -> Any:
         """`total` of the right objective, changed."""
+        self.sample_index = sample_index
         terms = super().forward(input_ids, sample_index, context, with_logits)
         if context is None or not isinstance(terms, LossTerms) or not distributed.is_initialized():
             return terms
@@ -204,18 +207,6 @@ class OthersDetached(OnRanks):
             itself = torch.eye(len(columns))[distributed.rank() * len(own) :][: len(own)]
             losses.append(torch.log((similarity * (1 - itself)).sum() / len(own) / (len(columns) - 1)))
         return total * 0 + torch.stack(losses).mean()
-
-    sample_index: Tensor | None = None
-
-    def forward(
-        self,
-        input_ids: Tensor,
-        sample_index: Tensor | None = None,
-        context: StepContext | None = None,
-        with_logits: bool = False,
-    ) -> Any:
-        self.sample_index = sample_index
-        return super().forward(input_ids, sample_index, context, with_logits)
 
 
 def objective(kind: type[TrainingModule]) -> AbstractContextManager[Any]:

@@ -194,9 +194,24 @@ class TestPlan:
         assert "forgetting   of the input embeddings every 10 steps, 7 times" in text
         assert "gpt2, 3,5" in text and "0.5 x the divergence at temperature 2" in text
         assert f"tokenizers compared, all {VOCABULARY} entries agree" in text
+        assert "loss head    whole logits in training: the divergence from the teacher reads them" in text
+
+    def test_a_family_whose_logits_stay_whole_has_a_line(self, corpus: Path) -> None:
+        sizes = {
+            "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
+            "num_key_value_heads": 1, "max_position_embeddings": SEQUENCE_LENGTH,
+        }  # fmt: skip
+        for fields, is_told in (
+            ({"model_type": "granite", "logits_scaling": 8.0}, True),
+            ({"model_type": "llama"}, False),
+        ):
+            text = describe(corpus, model={"config": {**fields, **sizes}})
+            assert ("loss head    whole logits: granite does more with them" in text) == is_told
 
     def test_none_of_it_without_the_sections(self, corpus: Path) -> None:
-        assert not {"noise", "forgetting", "teacher"} & {line.split()[0] for line in describe(corpus).splitlines()}
+        assert not {"noise", "forgetting", "teacher", "loss"} & {
+            line.split()[0] for line in describe(corpus).splitlines()
+        }
 
     def test_resets_that_would_never_come(self, corpus: Path) -> None:
         with pytest.raises(ValueError, match=r"^active_forgetting\.every_steps: 80, but the run has 100 steps, .* 20%"):

@@ -90,8 +90,8 @@ class TestMachine:
         ("change", "message"),
         [
             ({"memory_gib": None}, r"own\.yaml: memory_gib: is missing.* of one GPU\. Add it"),
-            ({"memory_gb": 80}, r"own\.yaml: memory_gb: unknown field, with the value 80\. Did you mean memory_gib\?"),
-            ({"mfu": 40}, r"own\.yaml: mfu: 40 is not allowed.*less than or equal to 1.*Correct it"),
+            ({"memory_gb": 80}, r"own\.yaml: memory_gb: unknown key, with the value 80\. Did you mean memory_gib\?"),
+            ({"mfu": 40}, r"own\.yaml: mfu: 40 is not allowed.*less than or equal to 1.*Correct the value"),
             ({"nvlink_gb_s": float("inf")}, r"nvlink_gb_s"),
         ],
     )
@@ -107,7 +107,7 @@ class TestMachine:
         with pytest.raises(ValueError, match=r"gpu: 'b300' is not known .*a100, h100, h200 or a YAML file"):
             load_machine("b300")
         (tmp_path / "list.yaml").write_text("- 1")
-        with pytest.raises(ValueError, match=r"list\.yaml: holds list\. A mapping is needed"):
+        with pytest.raises(ValueError, match=r"list\.yaml: holds list\. A mapping of sections is needed"):
             load_machine(str(tmp_path / "list.yaml"))
 
 

@@ -95,7 +95,7 @@ ALLOWED: dict[str, set[str]] = {
     "run_folder": {"condensation", "metrics"},
     "figures": {"condensation", "run_folder"},
     "report": {"condensation", "figures", "run_folder"},
-    "plan_machine": {"config", "plain_values"},
+    "plan_machine": {"config", "plain_values", "settings_file"},
     "plan_trace": {"baselines", "config", "loss_head", "model", "objective"},
     "plan_memory": {"config", "engine", "layout", "plan_machine", "plan_trace"},
     "plan_time": {"config", "engine", "layout", "metrics", "model", "plan_machine", "plan_memory"},

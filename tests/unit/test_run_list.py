@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from dispersion_pretrain import heartbeat, run_list
+from dispersion_pretrain import heartbeat, metrics
 from dispersion_pretrain.run_list import RunState, as_json, as_table, list_runs
 from launch import runs as script
 from unit.test_hang_report import beat
@@ -81,7 +81,7 @@ def test_last_whole_record_of_training_counts(tmp_path: Path) -> None:
 
 def test_only_the_end_of_a_long_file_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = write_run(tmp_path / "run", ALIVE)
-    monkeypatch.setattr(run_list, "_TAIL_BYTES", 10)
+    monkeypatch.setattr(metrics, "_TAIL_BYTES", 10)
     assert state_of(run).step is None  # no whole record in so little
 
 

@@ -2,8 +2,10 @@
 
 Tensors: most bytes of tensors alive in a step beside what lasts, counted operation by operation; process: the same as
 the kernel counts it. The machine of the plan is calibrated at the start by one matrix product, one copy and one
-all-reduce. Utilisation is an assumption of a plan and depends on a model's width: the first case of each width gives
-it, and has a ratio of seconds of 1. Other work on the machine shows in the seconds.
+all-reduce. Utilisation is an assumption of a plan and depends on a model's width. Of seconds there are two ratios: with
+the utilisation of the very first case, which is what a plan does whose --mfu was measured on another model, and with
+that of the first case of the same width, where only the layout differs. Each is 1 for the case that gave it. Other
+work on the machine shows in the seconds.
 """
 
 from __future__ import annotations
@@ -40,6 +42,7 @@ CASES: dict[str, dict[str, Any]] = {  # the first of each width tells the utilis
     "4 x 384, ZeRO-1": {"width": 384},
     "6 x 384, ZeRO-2": {"layers": 6, "width": 384, "stage": 2},
     "6 x 384, ZeRO-3": {"layers": 6, "width": 384, "stage": 3},
+    "4 x 512, ZeRO-2": {"width": 512, "stage": 2},
 }
 
 
@@ -112,7 +115,7 @@ def rank_job(rounds: int) -> None:
         )
         print(
             f"{'':<36}{'states MiB':>22}{'peak MiB':>11}{'tensors':>10}{'ratio':>7}{'process':>10}{'ratio':>7}"
-            f"{'step s':>10}{'measured':>10}{'ratio':>7}"
+            f"{'measured s':>12}{'of first':>10}{'of width':>10}"
         )
     for name, change in CASES.items():
         settings = settings_of(ranks, **change)
@@ -123,8 +126,11 @@ def rank_job(rounds: int) -> None:
             rest = plan.chosen.time.total - plan.chosen.time.compute
             share = plan.chosen.time.compute / max(found.seconds - rest, 1e-9)
             machines[width] = machine.model_copy(update={"mfu": min(1.0, share)})
-        plan = Planner(settings, machines[width], nodes=1, gpus_per_node=ranks)
-        needed, predicted = plan.chosen.memory, plan.chosen.time.total
+        predicted_s = [
+            Planner(settings, calibrated, nodes=1, gpus_per_node=ranks).chosen.time.total
+            for calibrated in (next(iter(machines.values())), machines[width])
+        ]
+        needed = plan.chosen.memory
         peak = needed.peak.total + needed.gathered
         states = needed.parameters + needed.masters + needed.moments
         of_states = (found.parameters + found.masters + found.moments) / mib
@@ -132,8 +138,8 @@ def rank_job(rounds: int) -> None:
             print(
                 f"{name:<36}{f'{states / mib:.2f} = {of_states:.2f}':>22}{peak / mib:>11.1f}"
                 f"{found.tensors / mib:>10.1f}{peak / found.tensors:>7.2f}{found.resident / mib:>10.1f}"
-                f"{peak / max(1, found.resident):>7.2f}{predicted:>10.3f}{found.seconds:>10.3f}"
-                f"{predicted / found.seconds:>7.2f}",
+                f"{peak / max(1, found.resident):>7.2f}{found.seconds:>12.3f}"
+                + "".join(f"{predicted / found.seconds:>10.2f}" for predicted in predicted_s),
                 flush=True,
             )
     if is_first:

@@ -207,15 +207,17 @@ class Survivor:
         return found
 
     def check(self, undisturbed: Survivor) -> None:
-        """The losses of every step, the samples of every step and the last checkpoint are the undisturbed run's."""
+        """The figures and samples of every step and the state in the checkpoints are the undisturbed run's."""
         mine, theirs = trajectory(self.run), trajectory(undisturbed.run)
         wrong = [step for step in theirs if mine.get(step) != theirs[step]]
         assert not wrong and mine.keys() == theirs.keys(), f"{self.folder}: other figures at steps {wrong[:9]}"
         self.check_samples()
-        own, other = (checkpoint.step_folder(one.run, NUM_STEPS) for one in (self, undisturbed))
-        assert _hashes(own) == _hashes(other), f"{own}: another state than undisturbed"
-        for step in checkpoint.committed_steps(self.run):  # those before it may be others: an orphan saves as it leaves
-            assert checkpoint.verify(checkpoint.step_folder(self.run, step)) == [], step
+        kept, kept_undisturbed = (checkpoint.committed_steps(one.run) for one in (self, undisturbed))
+        assert kept[-1] == NUM_STEPS
+        for step in kept:  # those before the last may be of other steps: an orphan saves as it leaves
+            own, other = (checkpoint.step_folder(one.run, step) for one in (self, undisturbed))
+            assert checkpoint.verify(own) == [], own
+            assert step not in kept_undisturbed or _hashes(own) == _hashes(other), f"{own}: another state"
 
     def check_samples(self) -> None:
         """Every position of the data stream went into exactly one update of the state that the run ended with.

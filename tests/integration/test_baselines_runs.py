@@ -127,7 +127,8 @@ def first_steps(path: str) -> dict[str, dict[str, Any]]:
     """Assemble a run with one baseline or none, and take two steps, in one process."""
     device = start_distributed()
     found: dict[str, dict[str, Any]] = {}
-    settings = load_settings(path)
+    # Distillation reads whole logits: with a loss head in pieces the others would differ from it in rounding.
+    settings = load_settings(path, ["model.loss_head=whole"])
     for name in VARIANTS:
         off = {other: None for other in VARIANTS if other not in ("", name)}
         parts: RunParts = assemble(settings.model_copy(update={**off, "dispersion": None}), device)

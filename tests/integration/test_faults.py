@@ -23,8 +23,8 @@ KIND = os.environ["BROKEN_KIND"]
 forward = TrainingModule.forward
 
 
-def struck(self, input_ids, sample_index=None, context=None):
-    terms = forward(self, input_ids, sample_index, context)
+def struck(self, input_ids, sample_index=None, context=None, **options):
+    terms = forward(self, input_ids, sample_index, context, **options)
     if not isinstance(terms, LossTerms) or BROKEN.isdisjoint(sample_index.tolist()):
         return terms
     if KIND == "gradient":

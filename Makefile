@@ -16,6 +16,9 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(VENV)/torch_extensions
 CLEAR_LOCKS = @mkdir -p "$$TORCH_EXTENSIONS_DIR" && find "$$TORCH_EXTENSIONS_DIR" -name lock -delete
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# Whole files side by side, as tests of a file share fixtures; in the order of collection, so that the longest, which
+# start whole runs and wait for them, come first.
+SIDE_BY_SIDE := -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 .PHONY: help setup corpus demo test test-cluster test-container test-gpu lint bench chaos clean
 
@@ -62,7 +65,7 @@ demo: corpus ## train a small model without and with the dispersion loss; ends w
 
 test: setup ## all tests that need neither a GPU nor a cluster
 	$(CLEAR_LOCKS)
-	python -m pytest
+	python -m pytest $(SIDE_BY_SIDE)
 
 test-cluster: setup ## the tests with a real Slurm and several hosts on this machine (root; installs Debian's packages)
 	$(CLEAR_LOCKS)

@@ -157,6 +157,7 @@ def pending_evaluations(run_folder: Path) -> set[int]:
         number = marker.parent.name.removeprefix("step-")
         if number.isdigit() and not ended and record is not None and _lives(record, marker.parent):
             steps.add(int(number))
+    _bury()  # who was found dead by now
     return steps
 
 

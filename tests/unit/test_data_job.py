@@ -308,14 +308,18 @@ def test_real_command_is_killed_twenty_times(tmp_path: Path) -> None:
     def shards(at_least: int) -> Callable[[], bool]:
         return lambda: len(list(partial.glob("seq16/train/*.mds"))) >= at_least
 
+    delays = {"start": 3.0, "shards": 0.02, "end": 0.02}
     while sum(seen.values()) < 20:
-        where = list(moments := {
+        there = len(list(partial.glob("seq16/train/*.mds")))
+        moments = {
             "start": lambda: True,
             "training": lambda: "training" in command_of_all.errors.read_text(),
-            "shards": shards(len(list(partial.glob("seq16/train/*.mds"))) + dice.randrange(1, 6)),
+            # The second shard begins when the first is committed, so that there is something to go on from.
+            "shards": shards(there + dice.randrange(2, 6)),
             "end": lambda: any(partial.glob("seq*/*/*.last")) or any(partial.glob("seq*/*/index.json")),
-        })[sum(seen.values()) % 4]  # fmt: skip
-        code = command_of_all.run(moments[where], dice.random() * {"start": 3.0, "end": 0.02}.get(where, 0.3))
+        }
+        where = list(moments)[sum(seen.values()) % 4]
+        code = command_of_all.run(moments[where], dice.random() * delays.get(where, 0.3))
         resumed += "going on at" in command_of_all.errors.read_text()
         if code == -signal.SIGKILL:
             seen[where] = seen.get(where, 0) + 1

@@ -57,7 +57,9 @@ class ModelSettings(_Section):
         "float32", description="of parameters in the forward pass; master weights are float32"
     )
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
-    activation_checkpointing: bool = Field(False, description="recompute each block in the backward pass")
+    activation_checkpointing: bool | Annotated[int, Field(ge=1)] = Field(
+        False, description="recompute blocks in the backward pass: true: each; a number k: every k-th"
+    )
     compile: bool = Field(False, description="torch.compile the model")
     loss_head: Literal["pieces", "whole"] = Field(
         "pieces",

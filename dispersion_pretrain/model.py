@@ -9,12 +9,16 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.activations import AccurateGELUActivation, FastGELUActivation, GELUTanh, NewGELUActivation
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from dispersion_pretrain.config import ModelSettings
 from dispersion_pretrain.loss_head import CrossEntropyHead
 
 # A model may hold a few more entries than its tokenizer (rounding up for speed); past this it is another tokenizer's.
 VOCABULARY_PADDING = 1024
+# One function, written as up to eight operations that each read and write the widest tensor of a block.
+_TANH_GELUS = (AccurateGELUActivation, FastGELUActivation, NewGELUActivation)
 
 
 @dataclass(frozen=True)
@@ -154,9 +158,28 @@ def build_model(settings: ModelSettings, config: PretrainedConfig) -> PreTrained
     if settings.activation_checkpointing:
         # The reentrant kind runs blocks without gradients first: hidden states would come out detached.
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        blocks = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+        every = int(settings.activation_checkpointing)
+        if every > len(blocks) and every > 1:
+            raise ValueError(
+                f"model.activation_checkpointing: every {every}th block is to be recomputed, and {config.model_type} "
+                f"has {len(blocks)} that can be chosen. A number up to that is allowed; true recomputes all it can. "
+                "Change it."
+            )
+        for place, block in enumerate(blocks):
+            block.gradient_checkpointing = place % every == 0
     if settings.loss_head == "pieces" and has_bare_head(config):
         CrossEntropyHead.take_over(model.get_output_embeddings())
+    _fuse_activations(model)
     return model
+
+
+def _fuse_activations(model: nn.Module) -> None:
+    """Let PyTorch's one kernel compute GELU's tanh approximation; the config, and so exports, stay as they are."""
+    for module in model.modules():
+        for name, child in module.named_children():
+            if isinstance(child, _TANH_GELUS):
+                setattr(module, name, GELUTanh())
 
 
 def model_size(settings: ModelSettings, config: PretrainedConfig) -> ModelSize:

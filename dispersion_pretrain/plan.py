@@ -90,6 +90,7 @@ class Planner:
             layout,
             size,
             part,
+            self.trace,
             machine,
             gpus_per_node=self.gpus_per_node,
             layers=self._layers,

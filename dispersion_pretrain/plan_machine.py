@@ -36,7 +36,17 @@ class Machine(BaseModel):
     host_memory_gb_s: float = Field(gt=0, description="of that memory, the whole node")
     host_link_gb_s: float = Field(gt=0, description="between a GPU and pinned host memory, per GPU")
 
-    mfu: float = Field(0.35, gt=0, le=1, description="model FLOPs over the peak while a micro-step computes")
+    product_efficiency: float = Field(0.65, gt=0, le=1, description="share of the peak that matrix products reach")
+    traffic_efficiency: float = Field(
+        0.8, gt=0, le=1, description="share of memory's bandwidth that all other operations reach"
+    )
+    compiled_traffic: float = Field(
+        0.35, gt=0, le=1, description="share of their reads and writes that torch.compile leaves"
+    )
+    launch_us: float = Field(5.0, ge=0, description="time in which the processor starts one operation, microseconds")
+    mfu: float | None = Field(
+        None, gt=0, le=1, description="model FLOPs over the peak while a micro-step computes, in place of these four"
+    )
     link_efficiency: float = Field(0.8, gt=0, le=1, description="share of a link's bandwidth that collectives reach")
     hop_us: float = Field(5.0, ge=0, description="latency of one hop of a collective, microseconds")
     host_efficiency: float = Field(0.5, gt=0, le=1, description="share of the host's bandwidths that copies reach")
@@ -58,10 +68,12 @@ class Machine(BaseModel):
 
     def assumptions(self) -> dict[str, Any]:
         """What is assumed, by field."""
-        return {name: getattr(self, name) for name in ASSUMED}
+        names = set(ASSUMED) - (_RATES if self.mfu is not None else {"mfu"})
+        return {name: getattr(self, name) for name in ASSUMED if name in names}
 
 
-ASSUMED = list(Machine.model_fields)[list(Machine.model_fields).index("mfu") :]
+_RATES = {"product_efficiency", "traffic_efficiency", "compiled_traffic", "launch_us"}
+ASSUMED = list(Machine.model_fields)[list(Machine.model_fields).index("product_efficiency") :]
 
 
 def load_machine(name: str, changes: dict[str, Any] | None = None) -> Machine:

@@ -1,5 +1,8 @@
-"""Time of a step: computation at an assumed utilisation, what ranks send each other, the update, checkpoints.
+"""Time of a step: computation at assumed rates, what ranks send each other, the update, checkpoints.
 
+Computation is that of the traced training module: its matrix products at a share of the peak, and the reads and writes
+of all other operations at a share of memory's bandwidth, one after the other; or, where a utilisation was measured,
+model FLOPs at that.
 Volumes are those of ZeRO's paper (arXiv 1910.02054, section 7) with one difference: DeepSpeed 0.19 all-reduces
 gradients at stages 1 and 2 where the paper scatters them, so a rank sends 3 x the parameters a step instead of 2 x, and
 at stage 2 it does so in every micro-step.
@@ -17,6 +20,7 @@ from dispersion_pretrain.layout import BatchLayout
 from dispersion_pretrain.model import ModelSize
 from dispersion_pretrain.plan_machine import Machine, working_bytes
 from dispersion_pretrain.plan_memory import Shards, checkpoint_bytes
+from dispersion_pretrain.plan_trace import MicroStep
 
 _BACKWARD_SHARE = 2 / 3  # of a micro-step's computation
 # Bytes that an update reads and writes for each number, besides the working weight and the gradient in its own type:
@@ -96,6 +100,7 @@ def step_time(
     layout: BatchLayout,
     size: ModelSize,
     part: Shards,
+    trace: MicroStep,
     machine: Machine,
     *,
     gpus_per_node: int,
@@ -110,7 +115,7 @@ def step_time(
         teacher_parameters: of distillation; 0 without one.
     """
     micro_steps = layout.accumulation
-    compute = _compute_s(settings, layout, size, machine, teacher_parameters) * micro_steps
+    compute = _compute_s(settings, layout, size, trace, machine, teacher_parameters) * micro_steps
     term = _term_s(settings, layout, machine, layers=layers, width=size.width) * micro_steps
     sent = traffic(settings, layout, part, layers=layers, width=size.width)
     links = _Links(machine, layout.world_size, gpus_per_node)
@@ -153,16 +158,30 @@ def checkpoint_time(settings: Settings, layout: BatchLayout, part: Shards, machi
 
 
 def _compute_s(
-    settings: Settings, layout: BatchLayout, size: ModelSize, machine: Machine, teacher_parameters: int
+    settings: Settings,
+    layout: BatchLayout,
+    size: ModelSize,
+    trace: MicroStep,
+    machine: Machine,
+    teacher_parameters: int,
 ) -> float:
-    """Of a micro-step: model FLOPs at the assumed utilisation; recompute adds a forward pass, a teacher its own."""
+    """Of a micro-step; recompute adds a forward pass, a teacher its own."""
     tokens = layout.micro_batch * settings.data.sequence_length
-    per_token: float = metrics.model_flops_per_token(
+    model_flops = tokens * metrics.model_flops_per_token(
         size.matmul_parameters, size.layers, size.width, settings.data.sequence_length
     )
-    if settings.model.activation_checkpointing:
-        per_token *= 4 / 3
-    return tokens * (per_token + 2 * teacher_parameters) / (machine.peak(settings.model.precision) * machine.mfu)
+    with_teacher = 1 + 2 * teacher_parameters * tokens / model_flops
+    peak = machine.peak(settings.model.precision)
+    if machine.mfu is not None:
+        every = int(settings.model.activation_checkpointing)
+        recomputing = 1 + 1 / (3 * every) if every else 1.0
+        return model_flops * (recomputing + with_teacher - 1) / (peak * machine.mfu)
+    work = trace.work(layout.micro_batch)
+    traffic_share = machine.compiled_traffic if settings.model.compile else 1.0
+    products = work.product_flops / (peak * machine.product_efficiency)
+    moving = traffic_share * work.moved_bytes / (machine.memory_gb_s * 1e9 * machine.traffic_efficiency)
+    launches = traffic_share * work.operations * machine.launch_us * 1e-6
+    return max(products + moving, launches) * with_teacher
 
 
 def _term_s(settings: Settings, layout: BatchLayout, machine: Machine, *, layers: int, width: int) -> float:
@@ -175,7 +194,7 @@ def _term_s(settings: Settings, layout: BatchLayout, machine: Machine, *, layers
         return 0.0
     own = layout.micro_batch * term.tokens_per_sequence
     pairs = layers * own * term.pool_sequences * term.tokens_per_sequence
-    products = 4 * pairs * width / (machine.peak("float32") * machine.mfu)
+    products = 4 * pairs * width / (machine.peak("float32") * machine.product_efficiency)
     states = layers * layout.micro_batch * settings.data.sequence_length * width * working_bytes(settings)
     return products + (16 * pairs + 3 * states) / (machine.memory_gb_s * 1e9)
 

@@ -26,6 +26,7 @@ from dispersion_pretrain.config import Settings
 from dispersion_pretrain.loss_head import CrossEntropyHead, rows_at_once
 from dispersion_pretrain.model import build_model, has_bare_head
 from dispersion_pretrain.objective import DispersionTerm, StepContext, TrainingModule
+from dispersion_pretrain.plan_work import Work, WorkCounter
 
 Phase = Literal["forward", "term", "backward"]
 
@@ -49,7 +50,7 @@ class Parameter(NamedTuple):
 class MicroStep:
     """A training module that can be traced.
 
-    From some micro-batch on every moment grows linearly, so that two traces tell all larger ones.
+    From some micro-batch on every moment, and the work, grow linearly, so that two traces tell all larger ones.
     """
 
     def __init__(
@@ -58,29 +59,37 @@ class MicroStep:
         vocabulary: int,
         linear_from: int,
         trace: Callable[[int], list[Moment]],
+        count: Callable[[int], Work],
     ) -> None:
-        """`trace` gives the moments of a micro-batch, which grow linearly from a micro-batch of `linear_from` on."""
+        """`trace` and `count` take a micro-batch; what they give grows linearly from one of `linear_from` on."""
         self.parameters, self.vocabulary = parameters, vocabulary
-        self._linear_from, self._trace = linear_from, functools.cache(trace)
+        self._linear_from, self._trace, self._count = linear_from, functools.cache(trace), functools.cache(count)
 
     def at(self, micro_batch: int) -> list[Moment]:
         """The moments of a micro-batch of so many sequences; seconds, when two new sizes have to be traced."""
         first = self._linear_from
         if micro_batch <= first + 1:
             return self._trace(micro_batch)
-
-        def extended(small: float, large: float) -> float:
-            return small + (micro_batch - first) * (large - small)
-
         return [
             Moment(
                 small.phase,
-                extended(small.num_bytes, large.num_bytes),
-                extended(small.logits_bytes, large.logits_bytes),
+                self._extended(small.num_bytes, large.num_bytes, micro_batch),
+                self._extended(small.logits_bytes, large.logits_bytes, micro_batch),
                 small.gradients,
             )
             for small, large in zip(self._trace(first), self._trace(first + 1), strict=True)
         ]
+
+    def work(self, micro_batch: int) -> Work:
+        """What a micro-batch of so many sequences computes."""
+        first = self._linear_from
+        if micro_batch <= first + 1:
+            return self._count(micro_batch)
+        pairs = zip(self._count(first), self._count(first + 1), strict=True)
+        return Work(*(self._extended(small, large, micro_batch) for small, large in pairs))
+
+    def _extended(self, small: float, large: float, micro_batch: int) -> float:
+        return small + (micro_batch - self._linear_from) * (large - small)
 
     @property
     def num_parameters(self) -> int:
@@ -119,7 +128,11 @@ def trace_micro_step(settings: Settings, hub_config: PretrainedConfig, layers: l
         with mode:
             return _moments(module, settings, micro_batch, hub_config.vocab_size)
 
-    return MicroStep(parameters, hub_config.vocab_size, linear_from, trace)
+    def count(micro_batch: int) -> Work:
+        with mode:
+            return _work(module, settings, micro_batch)
+
+    return MicroStep(parameters, hub_config.vocab_size, linear_from, trace, count)
 
 
 def _module(settings: Settings, hub_config: PretrainedConfig, layers: list[int], *, in_pieces: bool) -> TrainingModule:
@@ -157,7 +170,6 @@ def _cast_to_bfloat16(module: nn.Module) -> None:
 
 
 def _moments(module: TrainingModule, settings: Settings, micro_batch: int, vocabulary: int) -> list[Moment]:
-    length = settings.data.sequence_length
     counter = LiveBytes([*module.parameters(), *module.buffers()], vocabulary)
     moments: list[Moment] = []
     gradients = 0
@@ -180,16 +192,30 @@ def _moments(module: TrainingModule, settings: Settings, micro_batch: int, vocab
         hooks.append(module.dispersion.register_forward_pre_hook(lambda *_: end("forward")))
         hooks.append(module.dispersion.register_forward_hook(lambda *_: end("term")))
     coefficient = settings.dispersion.coefficient if settings.dispersion is not None else 0.0
-    context = StepContext(step=0, targets=float(micro_batch * (length - 1)), shares=1, coefficient=coefficient)
-    with _fused_attention(), counter:
-        input_ids = torch.zeros(micro_batch, length, dtype=torch.int64)
-        terms = module(input_ids, torch.arange(micro_batch), context)
+    with _fused_attention(None), counter:
+        total = _loss(module, settings, micro_batch, coefficient)
         end("forward")
-        terms.total.backward()
+        total.backward()
         end("backward")
     for hook in hooks:
         hook.remove()
     return moments
+
+
+def _loss(module: TrainingModule, settings: Settings, micro_batch: int, coefficient: float) -> Tensor:
+    length = settings.data.sequence_length
+    context = StepContext(step=0, targets=float(micro_batch * (length - 1)), shares=1, coefficient=coefficient)
+    input_ids = torch.zeros(micro_batch, length, dtype=torch.int64)
+    return module(input_ids, torch.arange(micro_batch), context).total
+
+
+def _work(module: TrainingModule, settings: Settings, micro_batch: int) -> Work:
+    """Of a micro-step without the term, whose cost depends on the ranks of its pool."""
+    counter = WorkCounter()
+    with _fused_attention(counter), counter:
+        _loss(module, settings, micro_batch, 0.0).backward()
+    module.zero_grad()
+    return counter.work
 
 
 class LiveBytes(TorchDispatchMode):
@@ -235,26 +261,31 @@ class _FusedAttention(torch.autograd.Function):
     """What fused attention keeps: its inputs, its output and a float32 number a row; no matrix of scores."""
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def forward(ctx: Any, counter: WorkCounter | None, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Make the tensors of the forward pass."""
         output = query.new_empty(*query.shape[:-1], value.shape[-1])
         row_sums = query.new_empty(query.shape[:-1], dtype=torch.float32)
         ctx.save_for_backward(query, key, value, output, row_sums)
+        ctx.counter = counter
+        if counter is not None:
+            counter.attention(query, key, value, backward=False)
         return output
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, ...]:
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         """Make the three gradients."""
         query, key, value, _, _ = ctx.saved_tensors
-        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+        if ctx.counter is not None:
+            ctx.counter.attention(query, key, value, backward=True)
+        return None, torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
 
 
 @contextmanager
-def _fused_attention() -> Iterator[None]:
+def _fused_attention(counter: WorkCounter | None) -> Iterator[None]:
     """Let models call that instead of PyTorch's, which has no fused kind for tensors that are only shapes."""
     original = functional.scaled_dot_product_attention
     functional.scaled_dot_product_attention = lambda query, key, value, *_, **__: _FusedAttention.apply(
-        query, key, value
+        counter, query, key, value
     )
     try:
         yield

@@ -2,10 +2,9 @@
 
 Tensors: most bytes of tensors alive in a step beside what lasts, counted operation by operation; process: the same as
 the kernel counts it. The machine of the plan is calibrated at the start by one matrix product, one copy and one
-all-reduce. Utilisation is an assumption of a plan and depends on a model's width. Of seconds there are two ratios: with
-the utilisation of the very first case, which is what a plan does whose --mfu was measured on another model, and with
-that of the first case of the same width, where only the layout differs. Each is 1 for the case that gave it. Other
-work on the machine shows in the seconds.
+all-reduce, and its two rates of computation, products and all other operations, by two cases of different width, marked
+with a *, whose ratios of seconds are 1 thereby. All other seconds are predicted. Beside them stands what one
+utilisation, calibrated by the first case, would predict. Other work on the machine shows in the seconds.
 """
 
 from __future__ import annotations
@@ -34,15 +33,16 @@ from measured_step import measure
 
 LENGTH, VOCABULARY = 256, 4096
 POOL = {"pool_sequences": 8, "tokens_per_sequence": 64}
-CASES: dict[str, dict[str, Any]] = {  # the first of each width tells the utilisation of that width
-    "gpt2 4 x 256, ZeRO-1": {},
+CASES: dict[str, dict[str, Any]] = {  # the first two tell the rates
+    "4 x 256, ZeRO-1 *": {},
+    "4 x 512, ZeRO-2 *": {"width": 512, "stage": 2},
     "8 x 256, ZeRO-2, 2 micro-steps": {"layers": 8, "stage": 2, "micro_batch": 4},
     "4 x 256, ZeRO-1, recomputed": {"recompute": True},
     "6 x 256, ZeRO-2, dispersion term": {"layers": 6, "stage": 2, "term": POOL},
     "4 x 384, ZeRO-1": {"width": 384},
     "6 x 384, ZeRO-2": {"layers": 6, "width": 384, "stage": 2},
     "6 x 384, ZeRO-3": {"layers": 6, "width": 384, "stage": 3},
-    "4 x 512, ZeRO-2": {"width": 512, "stage": 2},
+    "2 x 768, ZeRO-1": {"layers": 2, "width": 768},
 }
 
 
@@ -97,54 +97,77 @@ def this_machine() -> Machine:
     return Machine(
         name="CPU", bf16_tflops=flops / 1e12, float32_tflops=flops / 1e12, memory_gib=64, memory_gb_s=memory / 1e9,
         nvlink_gb_s=link / 1e9, internode_gb_s=link / 1e9, host_memory_gib=64, host_memory_gb_s=memory / 1e9,
-        host_link_gb_s=memory / 1e9, mfu=1.0, link_efficiency=1.0, hop_us=hop * 1e6, overlaps=False,
+        host_link_gb_s=memory / 1e9, product_efficiency=1.0, traffic_efficiency=1.0, launch_us=0.0,
+        link_efficiency=1.0, hop_us=hop * 1e6, overlaps=False,
     )  # fmt: skip
+
+
+def rates(machine: Machine, measured: list[tuple[Settings, float]]) -> Machine:
+    """The machine whose two rates give two measured steps their seconds, or nearly so: neither rate is negative.
+
+    At least squares of relative differences: seconds = products / a + bytes / b + the rest.
+    """
+    rows, targets = [], []
+    for settings, seconds_of_step in measured:
+        plan = Planner(settings, machine, nodes=1, gpus_per_node=dist.get_world_size())
+        micro_steps, work = plan.plan.layout.accumulation, plan.trace.work(plan.plan.layout.micro_batch)
+        compute = max(seconds_of_step - (plan.chosen.time.total - plan.chosen.time.compute), 0.1 * seconds_of_step)
+        rows.append([micro_steps * work.product_flops / compute, micro_steps * work.moved_bytes / compute])
+        targets.append(1.0)
+    per_flop, per_byte = torch.linalg.solve(torch.tensor(rows).double(), torch.tensor(targets).double()).tolist()
+    if min(per_flop, per_byte) <= 0:
+        raise SystemExit(f"the two cases contradict each other: {measured}. The machine was too busy; run it again")
+    return machine.model_copy(
+        update={
+            "product_efficiency": 1 / per_flop / machine.peak("float32"),
+            "traffic_efficiency": 1 / per_byte / (machine.memory_gb_s * 1e9),
+        }
+    )
+
+
+def one_utilisation(machine: Machine, settings: Settings, seconds_of_step: float) -> Machine:
+    """The machine whose single utilisation gives a measured step its seconds."""
+    flat = machine.model_copy(update={"mfu": 1.0})
+    time_at_peak = Planner(settings, flat, nodes=1, gpus_per_node=dist.get_world_size()).chosen.time
+    rest = time_at_peak.total - time_at_peak.compute
+    return flat.model_copy(update={"mfu": time_at_peak.compute / max(seconds_of_step - rest, 1e-9)})
 
 
 def rank_job(rounds: int) -> None:
     """Measure every case on the ranks that a launcher started; the first prints."""
     start_distributed()
-    ranks = dist.get_world_size()
-    machine, mib = this_machine(), 2**20
-    machines: dict[int, Machine] = {}  # by the width of models
-    is_first = dist.get_rank() == 0
-    if is_first:
-        print(
-            f"{ranks} ranks, {torch.get_num_threads()} thread each: {machine.float32_tflops * 1e3:.0f} GFLOP/s, "
-            f"{machine.memory_gb_s:.1f} GB/s copied, {machine.nvlink_gb_s if ranks > 1 else 0:.2f} GB/s between ranks"
-        )
-        print(
-            f"{'':<36}{'states MiB':>22}{'peak MiB':>11}{'tensors':>10}{'ratio':>7}{'process':>10}{'ratio':>7}"
-            f"{'measured s':>12}{'of first':>10}{'of width':>10}"
-        )
-    for name, change in CASES.items():
-        settings = settings_of(ranks, **change)
-        found = measure(settings, timed_steps=rounds)
-        plan = Planner(settings, machine, nodes=1, gpus_per_node=ranks)
-        width = change.get("width", 256)
-        if width not in machines:  # the utilisation at which this case takes what it took
-            rest = plan.chosen.time.total - plan.chosen.time.compute
-            share = plan.chosen.time.compute / max(found.seconds - rest, 1e-9)
-            machines[width] = machine.model_copy(update={"mfu": min(1.0, share)})
-        predicted_s = [
-            Planner(settings, calibrated, nodes=1, gpus_per_node=ranks).chosen.time.total
-            for calibrated in (next(iter(machines.values())), machines[width])
-        ]
-        needed = plan.chosen.memory
+    ranks, mib = dist.get_world_size(), 2**20
+    raw = this_machine()
+    cases = {name: settings_of(ranks, **change) for name, change in CASES.items()}
+    measured = {name: measure(settings, timed_steps=rounds) for name, settings in cases.items()}
+    if dist.get_rank() != 0:
+        return
+    first, second = list(CASES)[:2]
+    machine = rates(raw, [(cases[name], measured[name].seconds) for name in (first, second)])
+    flat = one_utilisation(raw, cases[first], measured[first].seconds)
+    print(
+        f"{ranks} ranks, {torch.get_num_threads()} thread each: {raw.float32_tflops * 1e3:.0f} GFLOP/s, "
+        f"{raw.memory_gb_s:.1f} GB/s copied, {raw.nvlink_gb_s if ranks > 1 else 0:.2f} GB/s between ranks; "
+        f"products at {machine.product_efficiency:.2f}, other operations at {machine.traffic_efficiency:.2f} of it"
+    )
+    print(
+        f"{'':<36}{'states MiB':>22}{'peak MiB':>11}{'tensors':>10}{'ratio':>7}{'process':>10}{'ratio':>7}"
+        f"{'measured s':>12}{'ratio':>7}{'one rate':>10}"
+    )
+    for name, settings in cases.items():
+        found = measured[name]
+        plans = [Planner(settings, one, nodes=1, gpus_per_node=ranks).chosen for one in (machine, flat)]
+        needed = plans[0].memory
         peak = needed.peak.total + needed.gathered
         states = needed.parameters + needed.masters + needed.moments
         of_states = (found.parameters + found.masters + found.moments) / mib
-        if is_first:
-            print(
-                f"{name:<36}{f'{states / mib:.2f} = {of_states:.2f}':>22}{peak / mib:>11.1f}"
-                f"{found.tensors / mib:>10.1f}{peak / found.tensors:>7.2f}{found.resident / mib:>10.1f}"
-                f"{peak / max(1, found.resident):>7.2f}{found.seconds:>12.3f}"
-                + "".join(f"{predicted / found.seconds:>10.2f}" for predicted in predicted_s),
-                flush=True,
-            )
-    if is_first:
-        used = ", ".join(f"{machine.mfu:.2f} at width {width}" for width, machine in machines.items())
-        print(f"utilisation, of the matrix product's speed: {used}", flush=True)
+        ratio, flat_ratio = (plan.time.total / found.seconds for plan in plans)
+        print(
+            f"{name:<36}{f'{states / mib:.2f} = {of_states:.2f}':>22}{peak / mib:>11.1f}"
+            f"{found.tensors / mib:>10.1f}{peak / found.tensors:>7.2f}{found.resident / mib:>10.1f}"
+            f"{peak / max(1, found.resident):>7.2f}{found.seconds:>12.3f}{ratio:>7.2f}{flat_ratio:>10.2f}",
+            flush=True,
+        )
 
 
 def main() -> None:

@@ -101,11 +101,48 @@ class TestBuild:
         (gradient,) = torch.autograd.grad(hidden[2].square().sum(), model.model.layers[0].mlp.up_proj.weight)
         assert gradient.abs().max() > 0
 
+    def test_every_second_block_is_recomputed(self) -> None:
+        def forward_passes(recompute: bool | int) -> list[int]:
+            settings = settings_of(LLAMA, activation_checkpointing=recompute)
+            model = build_model(settings, model_config(settings, vocabulary=100, sequence_length=16)).train()
+            passes = [0] * 3
+            for place, block in enumerate(model.model.layers):
+                block.mlp.register_forward_pre_hook(lambda *_, p=place: passes.__setitem__(p, passes[p] + 1))
+            ids = torch.arange(16)[None]
+            model(input_ids=ids, labels=ids).loss.backward()
+            return passes
+
+        assert forward_passes(False) == [1, 1, 1]
+        assert forward_passes(True) == forward_passes(1) == [2, 2, 2]
+        assert forward_passes(2) == [2, 1, 2]
+        with pytest.raises(ValueError, match=r"every 4th block .* llama has 3 that can be chosen"):
+            forward_passes(4)
+
     @pytest.mark.parametrize("attention", ["sdpa", "eager"])
     def test_attention_is_the_chosen_one(self, attention: str) -> None:
         settings = settings_of(LLAMA, attention=attention)
         model = build_model(settings, model_config(settings, vocabulary=100, sequence_length=16))
         assert model.config._attn_implementation == attention
+
+    @pytest.mark.parametrize("activation", ["gelu_new", "gelu_fast", "gelu_accurate"])
+    def test_the_tanh_gelu_is_one_operation_with_the_same_result(self, activation: str) -> None:
+        settings = settings_of({**GPT2, "activation_function": activation, "n_embd": 64, "n_head": 4})
+        config = model_config(settings, vocabulary=96, sequence_length=16)
+        torch.manual_seed(0)
+        fused = build_model(settings, config)
+        torch.manual_seed(0)
+        plain = AutoModelForCausalLM.from_config(config)
+        ids = torch.arange(32).reshape(2, 16)
+        kernels, gradients = [], []
+        for model in (fused.eval(), plain.eval()):  # no dropout
+            with torch.profiler.profile() as profile:
+                model(input_ids=ids, labels=ids).loss.backward()
+            kernels.append({event.name for event in profile.events()})
+            gradients.append([parameter.grad for parameter in model.parameters()])
+        assert "aten::tanh" not in kernels[0] and "aten::tanh" in kernels[1]
+        for ours, theirs in zip(*gradients, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+        assert fused.config.activation_function == activation
 
     def test_pretrained_weights_come_back(self, tmp_path: Path) -> None:
         settings = settings_of(GPT2)

@@ -47,7 +47,7 @@ def draw(seed: int = 0, step: int = 0, samples: list[int] | None = None, layers:
     )
 
 
-def build(model_type: str, *, recompute: bool = False) -> torch.nn.Module:
+def build(model_type: str, *, recompute: bool | int = False) -> torch.nn.Module:
     settings = ModelSettings(
         config={"model_type": model_type, **MODELS[model_type]}, activation_checkpointing=recompute
     )

@@ -96,9 +96,10 @@ ALLOWED: dict[str, set[str]] = {
     "figures": {"condensation", "run_folder"},
     "report": {"condensation", "figures", "run_folder"},
     "plan_machine": {"config", "plain_values", "settings_file"},
-    "plan_trace": {"baselines", "config", "loss_head", "model", "objective"},
+    "plan_work": set(),
+    "plan_trace": {"baselines", "config", "loss_head", "model", "objective", "plan_work"},
     "plan_memory": {"config", "engine", "layout", "plan_machine", "plan_trace"},
-    "plan_time": {"config", "engine", "layout", "metrics", "model", "plan_machine", "plan_memory"},
+    "plan_time": {"config", "engine", "layout", "metrics", "model", "plan_machine", "plan_memory", "plan_trace"},
     "plan": {
         "assembly", "config", "layout", "metrics", "plan_machine", "plan_memory", "plan_time", "plan_trace",
     },

@@ -10,6 +10,7 @@ import pytest
 import torch
 from scipy import stats
 from torch import Tensor
+from torch._dynamo.utils import counters
 
 from dispersion_pretrain.config import DispersionSettings, ModelSettings
 from dispersion_pretrain.dispersion import VARIANTS, dispersion_loss
@@ -209,6 +210,22 @@ class TestTrainingModule:
         assert torch.equal(torch.get_rng_state(), before)
         torch.manual_seed(1)
         assert torch.equal(first, draw())
+
+    @pytest.mark.parametrize("model_type", MODELS)
+    def test_it_breaks_no_graph_of_a_compiled_model(self, model_type: str) -> None:
+        for dispersion in (None, term([1, 2, 3, 4])):
+            torch.compiler.reset()
+            counters.clear()
+            module = TrainingModule(build(model_type), dispersion)
+            module.get_submodule("model").base_model.compile(backend="eager")  # as the engine does, without kernels
+            graphs = []
+            for step in range(4):
+                batch = torch.randint(0, VOCABULARY, (2, LENGTH)), torch.arange(2)
+                module(*batch, StepContext(step, 2 * (LENGTH - 1.0), 1, 0.1)).total.backward()
+                graphs.append(counters["stats"]["unique_graphs"])
+            assert not counters["graph_break"]
+            # transformers wraps the blocks in the first step that asks for hidden states, which makes a second graph
+            assert graphs[0] == 1 and graphs[1] == graphs[3] <= 2
 
     @pytest.mark.parametrize("model_type", MODELS)
     def test_recompute_changes_nothing(self, model_type: str) -> None:

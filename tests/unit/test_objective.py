@@ -217,7 +217,8 @@ class TestTrainingModule:
             torch.compiler.reset()
             counters.clear()
             module = TrainingModule(build(model_type), dispersion)
-            module.get_submodule("model").base_model.compile(backend="eager")  # as the engine does, without kernels
+            model: Any = module.get_submodule("model")
+            model.base_model.compile(backend="eager")  # as the engine does, without kernels
             graphs = []
             for step in range(4):
                 batch = torch.randint(0, VOCABULARY, (2, LENGTH)), torch.arange(2)

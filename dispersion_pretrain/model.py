@@ -134,7 +134,7 @@ def build_model(settings: ModelSettings, config: PretrainedConfig) -> PreTrained
     Every rank that seeds alike builds the same weights, whatever the ZeRO stage.
 
     Raises:
-        ValueError: pretrained weights that do not load.
+        ValueError: pretrained weights that do not load, or blocks that cannot be recomputed as asked.
     """
     options: dict[str, Any] = {"attn_implementation": settings.attention}
     if settings.pretrained is not None:
@@ -156,22 +156,29 @@ def build_model(settings: ModelSettings, config: PretrainedConfig) -> PreTrained
                 "model.attention or model.config."
             ) from None
     if settings.activation_checkpointing:
-        # The reentrant kind runs blocks without gradients first: hidden states would come out detached.
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        blocks = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-        every = int(settings.activation_checkpointing)
-        if every > len(blocks) and every > 1:
-            raise ValueError(
-                f"model.activation_checkpointing: every {every}th block is to be recomputed, and {config.model_type} "
-                f"has {len(blocks)} that can be chosen. A number up to that is allowed; true recomputes all it can. "
-                "Change it."
-            )
-        for place, block in enumerate(blocks):
-            block.gradient_checkpointing = place % every == 0
+        _recompute_every(int(settings.activation_checkpointing), model)
     if settings.loss_head == "pieces" and has_bare_head(config):
         CrossEntropyHead.take_over(model.get_output_embeddings())
     _fuse_activations(model)
     return model
+
+
+def _recompute_every(k: int, model: PreTrainedModel) -> None:
+    """Let the backward pass recompute the first block and every k-th from there.
+
+    Raises:
+        ValueError: transformers cannot recompute blocks of this family, or has fewer than k of them.
+    """
+    blocks = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not model.supports_gradient_checkpointing or (k > 1 and k > len(blocks)):
+        raise ValueError(
+            f"model.activation_checkpointing: {k} does not fit. Blocks of {model.config.model_type} that can be "
+            f"recomputed: {len(blocks)}; true, or a number up to that, is allowed. Change it, or set false."
+        )
+    # The reentrant kind runs blocks without gradients first: hidden states would come out detached.
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for place, block in enumerate(blocks):
+        block.gradient_checkpointing = place % k == 0
 
 
 def _fuse_activations(model: nn.Module) -> None:
@@ -186,7 +193,7 @@ def model_size(settings: ModelSettings, config: PretrainedConfig) -> ModelSize:
     """Count parameters on the meta device: no memory is taken.
 
     Raises:
-        ValueError: transformers cannot build the model.
+        ValueError: transformers cannot build the model, or cannot recompute its blocks as asked.
     """
     try:
         with torch.device("meta"):
@@ -199,6 +206,8 @@ def model_size(settings: ModelSettings, config: PretrainedConfig) -> ModelSize:
             f"model: transformers cannot build it ({_short(error)}). The fields of a working model are needed. Correct "
             "model.config or model.attention."
         ) from None
+    if settings.activation_checkpointing:
+        _recompute_every(int(settings.activation_checkpointing), model)
     head = model.get_output_embeddings()
     look_up = sum(
         module.weight.numel()

@@ -32,7 +32,7 @@ def cost(planner: Planner) -> str:
     """What the run costs, in one line: time, GPU-hours, memory of a GPU."""
     chosen = planner.chosen
     hours = chosen.days * 24
-    duration = f"{chosen.days:.1f} days" if hours >= 48 else f"{hours:.2g} hours"
+    duration = f"{chosen.days:.1f} days" if hours >= 48 else f"{hours:.1f} hours"
     needed = planner.device_bytes(chosen.memory) / 2**30
     return f"{duration}, {chosen.gpu_hours:,.0f} GPU-hours, {needed:.0f} GiB a GPU"
 

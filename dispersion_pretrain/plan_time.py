@@ -194,7 +194,7 @@ def _term_s(settings: Settings, layout: BatchLayout, machine: Machine, *, layers
         return 0.0
     own = layout.micro_batch * term.tokens_per_sequence
     pairs = layers * own * term.pool_sequences * term.tokens_per_sequence
-    products = 4 * pairs * width / (machine.peak("float32") * machine.product_efficiency)
+    products = 4 * pairs * width / (machine.peak("float32") * (machine.mfu or machine.product_efficiency))
     states = layers * layout.micro_batch * settings.data.sequence_length * width * working_bytes(settings)
     return products + (16 * pairs + 3 * states) / (machine.memory_gb_s * 1e9)
 

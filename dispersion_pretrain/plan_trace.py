@@ -51,6 +51,7 @@ class MicroStep:
     """A training module that can be traced.
 
     From some micro-batch on every moment, and the work, grow linearly, so that two traces tell all larger ones.
+    Micro-batches of whole pools grow a pool at a time.
     """
 
     def __init__(
@@ -58,26 +59,30 @@ class MicroStep:
         parameters: tuple[Parameter, ...],
         vocabulary: int,
         linear_from: int,
+        pool_sequences: int,
         trace: Callable[[int], list[Moment]],
         count: Callable[[int], Work],
     ) -> None:
         """`trace` and `count` take a micro-batch; what they give grows linearly from one of `linear_from` on."""
         self.parameters, self.vocabulary = parameters, vocabulary
-        self._linear_from, self._trace, self._count = linear_from, functools.cache(trace), functools.cache(count)
+        self._linear_from, self._pool_sequences = linear_from, pool_sequences
+        self._trace, self._count = functools.cache(trace), functools.cache(count)
 
     def at(self, micro_batch: int) -> list[Moment]:
         """The moments of a micro-batch of so many sequences; seconds, when two new sizes have to be traced."""
-        first = self._linear_from
-        if micro_batch <= first + 1:
+        unit = self._pool_sequences if micro_batch % self._pool_sequences == 0 else 1
+        first = -(-self._linear_from // unit) * unit
+        if micro_batch <= first + unit:
             return self._trace(micro_batch)
+        units = (micro_batch - first) // unit
         return [
             Moment(
                 small.phase,
-                self._extended(small.num_bytes, large.num_bytes, micro_batch),
-                self._extended(small.logits_bytes, large.logits_bytes, micro_batch),
+                _extended(small.num_bytes, large.num_bytes, units),
+                _extended(small.logits_bytes, large.logits_bytes, units),
                 small.gradients,
             )
-            for small, large in zip(self._trace(first), self._trace(first + 1), strict=True)
+            for small, large in zip(self._trace(first), self._trace(first + unit), strict=True)
         ]
 
     def work(self, micro_batch: int) -> Work:
@@ -86,15 +91,16 @@ class MicroStep:
         if micro_batch <= first + 1:
             return self._count(micro_batch)
         pairs = zip(self._count(first), self._count(first + 1), strict=True)
-        return Work(*(self._extended(small, large, micro_batch) for small, large in pairs))
-
-    def _extended(self, small: float, large: float, micro_batch: int) -> float:
-        return small + (micro_batch - self._linear_from) * (large - small)
+        return Work(*(_extended(small, large, micro_batch - first) for small, large in pairs))
 
     @property
     def num_parameters(self) -> int:
         """Numbers of all parameters; tied ones once."""
         return sum(torch.Size(parameter.shape).numel() for parameter in self.parameters)
+
+
+def _extended(small: float, large: float, units: int) -> float:
+    return small + units * (large - small)
 
 
 def trace_micro_step(settings: Settings, hub_config: PretrainedConfig, layers: list[int]) -> MicroStep:
@@ -115,6 +121,7 @@ def trace_micro_step(settings: Settings, hub_config: PretrainedConfig, layers: l
     if in_pieces:  # and with fewer than two pieces of the loss head these are smaller
         rows = rows_at_once(hub_config.hidden_size)
         linear_from = max(linear_from, -(-2 * rows // (settings.data.sequence_length - 1)))
+    pool_sequences = 1 if settings.dispersion is None else settings.dispersion.pool_sequences
     mode = FakeTensorMode()
     with mode:
         module = _module(settings, hub_config, layers, in_pieces=in_pieces)
@@ -125,6 +132,8 @@ def trace_micro_step(settings: Settings, hub_config: PretrainedConfig, layers: l
         )
 
     def trace(micro_batch: int) -> list[Moment]:
+        if module.dispersion is not None:
+            module.dispersion.pools_per_rank = max(1, micro_batch // pool_sequences)
         with mode:
             return _moments(module, settings, micro_batch, hub_config.vocab_size)
 
@@ -132,7 +141,7 @@ def trace_micro_step(settings: Settings, hub_config: PretrainedConfig, layers: l
         with mode:
             return _work(module, settings, micro_batch)
 
-    return MicroStep(parameters, hub_config.vocab_size, linear_from, trace, count)
+    return MicroStep(parameters, hub_config.vocab_size, linear_from, pool_sequences, trace, count)
 
 
 def _module(settings: Settings, hub_config: PretrainedConfig, layers: list[int], *, in_pieces: bool) -> TrainingModule:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +10,7 @@ from numpy.typing import NDArray
 from dispersion_pretrain.corpus import TokenCorpus
 from dispersion_pretrain.data import Batch, BatchStream
 from dispersion_pretrain.order import GlobalOrder, OrderedCorpus, Shuffle
-
-# isort: split
-from streaming import MDSWriter  # after the package, which makes torchvision importable
+from token_corpus import write_token_corpus
 
 LENGTH = 8
 TRAIN_SEQUENCES = 37
@@ -29,34 +25,13 @@ def sequence(split: str, sample_id: int) -> NDArray[np.uint16]:
 
 def write_corpus(folder: Path, first_sample: int = 0) -> Path:
     """Write a small corpus of several shards by the file contract alone, without data_prep."""
-    splits = {}
-    for split, sequences in (("train", TRAIN_SEQUENCES), ("validation", VALIDATION_SEQUENCES)):
-        columns = {"tokens": f"ndarray:uint16:{LENGTH}"}
-        with MDSWriter(columns=columns, out=str(folder / split), hashes=["sha256"], size_limit=400) as writer:
-            for sample_id in range(sequences):
-                writer.write({"tokens": sequence(split, first_sample + sample_id)})
-        splits[split] = {
-            "documents": 3,
-            "sequences": sequences,
-            "tokens": sequences * LENGTH,
-            "dropped_tokens": 1,
-            "bytes": 1234,
-            "index_sha256": hashlib.sha256((folder / split / "index.json").read_bytes()).hexdigest(),
-        }
-    (folder / "tokenizer").mkdir()
-    (folder / "tokenizer" / "tokenizer.json").write_text("{}")
-    corpus = {
-        "format_version": 1,
-        "source": {"name": "numbers"},
-        "sequence_length": LENGTH,
-        "token_dtype": "uint16",
-        "vocab_size": 1000,
-        "eos_token_id": 0,
-        "tokenizer": {"name": "none", "folder": "tokenizer", "sha256": hashlib.sha256(b"{}").hexdigest()},
-        "splits": splits,
+    sizes = {"train": TRAIN_SEQUENCES, "validation": VALIDATION_SEQUENCES}
+    splits = {
+        split: np.stack([sequence(split, first_sample + sample_id) for sample_id in range(size)])
+        for split, size in sizes.items()
     }
-    (folder / "corpus.json").write_text(json.dumps(corpus))
-    return folder
+    counts = {"documents": 3, "dropped_tokens": 1, "bytes": 1234}
+    return write_token_corpus(folder, splits, vocabulary=1000, shard_bytes=400, counts=counts)
 
 
 def flip_byte(path: Path) -> None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
-import json
 from pathlib import Path
 from types import ModuleType
 
@@ -14,7 +12,6 @@ import dispersion_pretrain  # noqa: F401  (before streaming, which imports torch
 import numpy as np
 import safetensors.torch
 import torch
-from streaming import MDSWriter
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
@@ -23,6 +20,7 @@ from dispersion_pretrain.config import Settings
 from dispersion_pretrain.objective import TrainingModule
 from dispersion_pretrain.saving import Description, Saves
 from dispersion_pretrain.settings_file import dump_settings, parse_settings
+from token_corpus import write_token_corpus
 
 VOCABULARY = 300
 SEQUENCE_LENGTH = 32
@@ -52,41 +50,13 @@ def write_corpus(folder: Path, texts: list[str] | None = None) -> Path:
     stream = [token for text in texts for token in [*tokenizer.encode(text).ids, 0]]
     stream += [0] * (-len(stream) % SEQUENCE_LENGTH)
     sequences = np.array(stream, np.uint16).reshape(-1, SEQUENCE_LENGTH)
-    splits = {}
-    for split in ("train", "validation"):
-        columns = {"tokens": f"ndarray:uint16:{SEQUENCE_LENGTH}"}
-        with MDSWriter(out=str(folder / split), columns=columns, hashes=["sha256"]) as shards:
-            for sequence in sequences:
-                shards.write({"tokens": sequence})
-        splits[split] = {
-            "documents": len(texts),
-            "sequences": len(sequences),
-            "tokens": sequences.size,
-            "dropped_tokens": 0,
-            "bytes": sum(len(text.encode()) for text in texts),
-            "index_sha256": _sha256(folder / split / "index.json"),
-        }
-    manifest = {
-        "format_version": 1,
-        "source": {"name": "test"},
-        "sequence_length": SEQUENCE_LENGTH,
-        "token_dtype": "uint16",
-        "vocab_size": VOCABULARY,
-        "eos_token_id": 0,
-        "tokenizer": {
-            "name": "train",
-            "folder": "tokenizer",
-            "sha256": _sha256(folder / "tokenizer" / "tokenizer.json"),
-            "files": {path.name: _sha256(path) for path in (folder / "tokenizer").iterdir()},
-        },
-        "splits": splits,
-    }
-    (folder / "corpus.json").write_text(json.dumps(manifest))
-    return folder
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    num_bytes = sum(len(text.encode()) for text in texts)
+    return write_token_corpus(
+        folder,
+        {"train": sequences, "validation": sequences},
+        vocabulary=VOCABULARY,
+        counts={"documents": len(texts), "bytes": num_bytes},
+    )
 
 
 def small_settings(corpus: Path, *, precision: str = "float32") -> Settings:

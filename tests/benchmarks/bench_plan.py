@@ -104,10 +104,7 @@ def this_machine() -> Machine:
 
 
 def rates(machine: Machine, measured: list[tuple[Settings, float]]) -> Machine:
-    """The machine whose two rates give two measured steps their seconds, or nearly so: neither rate is negative.
-
-    At least squares of relative differences: seconds = products / a + bytes / b + the rest.
-    """
+    """The machine whose two rates give two measured steps their seconds: products / a + bytes / b + the rest."""
     rows, targets = [], []
     for settings, seconds_of_step in measured:
         plan = Planner(settings, machine, nodes=1, gpus_per_node=dist.get_world_size())

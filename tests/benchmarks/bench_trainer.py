@@ -12,7 +12,6 @@ Run: python tests/benchmarks/bench_trainer.py [--rounds N] [--steps N]
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 import resource
@@ -24,18 +23,15 @@ import time
 from pathlib import Path
 from typing import Any
 
-import dispersion_pretrain  # noqa: F401  (before streaming, which imports torchvision)
-
-# isort: split
 import numpy as np
 import torch
 import yaml
-from streaming import MDSWriter
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2Config, Trainer, TrainerCallback, TrainingArguments
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from numerics.plain_dispersion import plain_dispersion_loss  # noqa: E402
+from token_corpus import write_token_corpus  # noqa: E402
 
 LENGTH, SEQUENCES, VOCABULARY, TOKENS, COEFFICIENT = 512, 4, 50257, 256, 0.1
 GPT2 = {
@@ -50,31 +46,6 @@ def blocks(steps: int) -> np.ndarray[Any, np.dtype[np.uint16]]:
     """Tokens in runs, so that there is something to learn."""
     numbers = np.random.default_rng(0).integers(0, VOCABULARY, (steps * SEQUENCES, LENGTH // 4), dtype=np.uint16)
     return np.repeat(numbers, 4, axis=1)
-
-
-def write_corpus(folder: Path, steps: int) -> None:
-    """The sequences as data_prep would write them."""
-    splits = {}
-    for split in ("train", "validation"):
-        with MDSWriter(
-            out=str(folder / split), columns={"tokens": f"ndarray:uint16:{LENGTH}"}, hashes=["sha256"]
-        ) as shards:
-            for block in blocks(steps):
-                shards.write({"tokens": block})
-        count = steps * SEQUENCES
-        index = hashlib.sha256((folder / split / "index.json").read_bytes()).hexdigest()
-        splits[split] = {
-            "documents": 1, "sequences": count, "tokens": count * LENGTH, "dropped_tokens": 0, "bytes": 1,
-            "index_sha256": index,
-        }  # fmt: skip
-    (folder / "tokenizer").mkdir()
-    (folder / "tokenizer" / "tokenizer.json").write_text("{}")
-    manifest = {
-        "format_version": 1, "source": {"name": "numbers"}, "sequence_length": LENGTH, "token_dtype": "uint16",
-        "vocab_size": VOCABULARY, "eos_token_id": 0, "splits": splits,
-        "tokenizer": {"name": "none", "folder": "tokenizer", "sha256": hashlib.sha256(b"{}").hexdigest()},
-    }  # fmt: skip
-    (folder / "corpus.json").write_text(json.dumps(manifest))
 
 
 def run_ours(folder: Path, name: str, steps: int, coefficient: float) -> dict[str, float]:
@@ -97,12 +68,9 @@ def run_ours(folder: Path, name: str, steps: int, coefficient: float) -> dict[st
         }  # fmt: skip
     config = folder / f"{name}.yaml"
     config.write_text(yaml.safe_dump(settings))
-    process = subprocess.Popen(
-        [sys.executable, str(PRETRAIN), "--config", str(config)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-    )
-    _, errors = process.communicate()
-    if process.returncode != 0:
-        raise SystemExit(errors.decode()[-3000:])
+    done = subprocess.run([sys.executable, str(PRETRAIN), "--config", str(config)], capture_output=True, text=True)
+    if done.returncode != 0:
+        raise SystemExit(done.stderr[-3000:])
     lines = (folder / "runs" / name / "metrics.jsonl").read_text().splitlines()
     records = [record for record in map(json.loads, lines) if "step_time_s" in record]
     return {
@@ -183,7 +151,9 @@ def main() -> None:
         return child(contender, Path(folder), name, arguments.steps)
     results: dict[str, list[dict[str, float]]] = {contender: [] for contender in CONTENDERS}
     with tempfile.TemporaryDirectory() as folder:
-        write_corpus(Path(folder) / "corpus", arguments.steps)
+        sequences = blocks(arguments.steps)
+        corpus = Path(folder) / "corpus"
+        write_token_corpus(corpus, {"train": sequences, "validation": sequences}, vocabulary=VOCABULARY)
         for round_number in range(arguments.rounds):
             for place, contender in enumerate(CONTENDERS):
                 command = [sys.executable, __file__, "--steps", str(arguments.steps), "--child", contender, folder]

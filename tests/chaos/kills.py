@@ -9,15 +9,28 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
-from chaos.survival import RANKS, SAVE_EVERY, Kill, Outcome, Survivor
+from chaos.survival import NUM_STEPS, RANKS, SAVE_EVERY, Kill, Outcome, Survivor
 
 _VICTIMS = ["one rank", "all ranks", "launcher"]
 _COUNTED_SAVE = 10 * SAVE_EVERY  # a save in the middle of a run: it removes an older checkpoint as well
 
 
 def random_kills(number: int, run_s: float, dice: random.Random) -> list[Kill]:
-    """So many, each at a moment uniform over the seconds of a whole run: while it starts, trains, saves or ends."""
-    return [Kill(_VICTIMS[one % len(_VICTIMS)], after_s=dice.uniform(0, run_s)) for one in range(number)]
+    """So many, in turns at a moment uniform over the seconds of a whole run, and in the midst of training.
+
+    The first kind meets starts and ends as well, and on a busy machine, where starts take long, hardly anything else.
+    The second counts the steps of a start, and is anywhere within the next.
+    """
+    kills = []
+    for one in range(number):
+        who = _VICTIMS[one % len(_VICTIMS)]
+        if one % 2 == 0:
+            kills.append(Kill(who, after_s=dice.uniform(0, run_s)))
+        else:
+            kills.append(
+                Kill(who, after_steps=dice.randint(1, NUM_STEPS // 4), delay_s=dice.uniform(0, run_s / NUM_STEPS))
+            )
+    return kills
 
 
 def writes_of_a_save(run: Survivor) -> list[Kill]:
@@ -66,18 +79,24 @@ def describe(outcome: Outcome, run: Survivor) -> str:
     return f"killed {outcome.victim} {moment}, at step {run.last_step()}"
 
 
+def _moment_of(kill: Kill) -> str:
+    if kill.point is not None:
+        return "before a write of a save"
+    return "in the midst of training" if kill.after_steps else "at a random second"
+
+
 def print_table(outcomes: list[Outcome]) -> None:
     print(f"\n{'kill':42} {'kills':>5} {'lost steps':>16} {'refused':>7} {'start to first update, s':>26}")
     print(f"{'':42} {'':>5} {'median':>10} {'max':>5} {'':>7} {'median':>20} {'max':>5}")
     rows: dict[str, list[Outcome]] = {}
     for outcome in outcomes:
-        kind = "before a write of a save" if outcome.kill.point is not None else "at a random moment"
-        rows.setdefault(f"{outcome.victim}, {kind}", []).append(outcome)
+        rows.setdefault(f"{outcome.victim}, {_moment_of(outcome.kill)}", []).append(outcome)
     rows["all"] = outcomes
     for kind, group in rows.items():
         lost = [outcome.lost_steps for outcome in group]
-        seconds = [outcome.first_step_s for outcome in group if outcome.first_step_s is not None] or [float("nan")]
+        seconds = [outcome.first_step_s for outcome in group if outcome.first_step_s is not None]
+        waited = f"{statistics.median(seconds):20.1f} {max(seconds):5.1f}" if seconds else f"{'-':>20} {'-':>5}"
         print(
             f"{kind:42} {len(group):5} {statistics.median(lost):10.0f} {max(lost):5} "
-            f"{sum(outcome.refused for outcome in group):7} {statistics.median(seconds):20.1f} {max(seconds):5.1f}"
+            f"{sum(outcome.refused for outcome in group):7} {waited}"
         )

@@ -30,6 +30,7 @@ class Kill:
     who: str  # "one rank", "all ranks", "launcher", "job"
     after_s: float | None = None
     after_steps: int | None = None
+    delay_s: float = 0.0  # from then on
     rank: int = 0
     point: int | None = None
     name: str = ""  # of the write
@@ -119,6 +120,7 @@ class Survivor:
             if job.process.poll() is not None:
                 return None
             time.sleep(0.01)
+        time.sleep(kill.delay_s)
         family = self.note_processes(job)
         ranks = [process for process in family if _is_rank(process)]
         if kill.who == "job":

@@ -308,17 +308,18 @@ def test_real_command_is_killed_twenty_times(tmp_path: Path) -> None:
     def shards(at_least: int) -> Callable[[], bool]:
         return lambda: len(list(partial.glob("seq16/train/*.mds"))) >= at_least
 
-    delays = {"start": 3.0, "shards": 0.02, "end": 0.02}
+    delays = {"start": 3.0, "second": 0.02, "end": 0.02}
     while sum(seen.values()) < 20:
         there = len(list(partial.glob("seq16/train/*.mds")))
         moments = {
             "start": lambda: True,
             "training": lambda: "training" in command_of_all.errors.read_text(),
-            # The second shard begins when the first is committed, so that there is something to go on from.
-            "shards": shards(there + dice.randrange(2, 6)),
+            "shards": shards(there + dice.randrange(1, 6)),
+            # A second shard begins when the first is committed, so that there is something to go on from.
+            "second": shards(there + 2),
             "end": lambda: any(partial.glob("seq*/*/*.last")) or any(partial.glob("seq*/*/index.json")),
         }
-        where = list(moments)[sum(seen.values()) % 4]
+        where = list(moments)[sum(seen.values()) % 5]
         code = command_of_all.run(moments[where], dice.random() * delays.get(where, 0.3))
         resumed += "going on at" in command_of_all.errors.read_text()
         if code == -signal.SIGKILL:
@@ -330,4 +331,4 @@ def test_real_command_is_killed_twenty_times(tmp_path: Path) -> None:
             shutil.rmtree(out)
     assert command_of_all.run() == 0
     assert contents(out) == expected
-    assert resumed >= 5 and len(seen) == 4, (resumed, seen)
+    assert resumed >= 5 and len(seen) == 5, (resumed, seen)

@@ -115,8 +115,13 @@ class TestBuild:
         assert forward_passes(False) == [1, 1, 1]
         assert forward_passes(True) == forward_passes(1) == [2, 2, 2]
         assert forward_passes(2) == [2, 1, 2]
-        with pytest.raises(ValueError, match=r"every 4th block .* llama has 3 that can be chosen"):
-            forward_passes(4)
+
+    def test_more_blocks_than_there_are_cannot_be_passed_over(self) -> None:
+        settings = settings_of(LLAMA, activation_checkpointing=4)
+        config = model_config(settings, vocabulary=100, sequence_length=16)
+        for build in (model_size, build_model):  # the first is what a dry run does
+            with pytest.raises(ValueError, match=r"activation_checkpointing: 4 does not fit.*llama.*recomputed: 3;"):
+                build(settings, config)
 
     @pytest.mark.parametrize("attention", ["sdpa", "eager"])
     def test_attention_is_the_chosen_one(self, attention: str) -> None:

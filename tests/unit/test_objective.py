@@ -228,11 +228,12 @@ class TestTrainingModule:
             # transformers wraps the blocks in the first step that asks for hidden states, which makes a second graph
             assert graphs[0] == 1 and graphs[1] == graphs[3] <= 2
 
+    @pytest.mark.parametrize("recompute", [True, 2])
     @pytest.mark.parametrize("model_type", MODELS)
-    def test_recompute_changes_nothing(self, model_type: str) -> None:
+    def test_recompute_changes_nothing(self, model_type: str, recompute: bool | int) -> None:
         plain, plain_gradients = loss_and_gradients(TrainingModule(build(model_type), term([1, 2, 3, 4])), 1.0)
         again, again_gradients = loss_and_gradients(
-            TrainingModule(build(model_type, recompute=True), term([1, 2, 3, 4])), 1.0
+            TrainingModule(build(model_type, recompute=recompute), term([1, 2, 3, 4])), 1.0
         )
         for one, other in zip((*plain, *plain_gradients), (*again, *again_gradients), strict=True):
             assert torch.equal(one, other)

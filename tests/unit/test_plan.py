@@ -12,7 +12,7 @@ import torch
 import yaml
 from torch.utils.flop_counter import FlopCounterMode
 
-from dispersion_pretrain import metrics
+from dispersion_pretrain import angular_kernel, metrics
 from dispersion_pretrain.config import ModelSettings, Settings
 from dispersion_pretrain.layout import BatchLayout
 from dispersion_pretrain.model import build_model, model_config
@@ -134,6 +134,13 @@ class TestTrace:
         for sequences in (1, 17, 40):
             predicted, measured = predicted_and_measured(settings, sequences)
             assert predicted == pytest.approx(measured, rel=0.01)
+
+    def test_whole_pools_of_a_rank_grow_linearly(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(angular_kernel, "load", lambda: None)  # shapes alone have no such kernel, nor have GPUs
+        settings = small(dispersion__pool_sequences=4, dispersion__tokens_per_sequence=16)
+        for sequences in (4, 8, 40):
+            predicted, measured = predicted_and_measured(settings, sequences)
+            assert predicted == pytest.approx(measured, rel=0.05)
 
     def test_it_leaves_no_trace(self) -> None:
         settings = small()
@@ -260,6 +267,9 @@ class TestPlanner:
         slow, fast = planner(small(), mfu=0.2), planner(small(), mfu=0.4)
         assert "mfu 0.2," in describe(slow)
         assert slow.chosen.time.compute == pytest.approx(2 * fast.chosen.time.compute)
+        slow, fast = (planner(small(dispersion__tokens_per_sequence=16), mfu=mfu) for mfu in (0.2, 0.4))
+        assert "product_efficiency" not in describe(slow)  # and so nothing may rest on it
+        assert slow.chosen.time.term > fast.chosen.time.term
 
 
 class TestScript:

@@ -20,10 +20,11 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # start whole runs and wait for them, come first.
 SIDE_BY_SIDE := -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help setup corpus demo test test-cluster test-container test-gpu lint bench chaos clean
+.PHONY: help setup corpus demo test test-cluster test-container test-gpu lint bench chaos evidence clean
+.PHONY: paper-gpt2 paper-qwen3 paper-width paper-pretraining paper-families
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 setup: $(STAMP) ## make .venv and install the package, its pinned dependencies and the development tools
 
@@ -94,6 +95,54 @@ bench: setup ## print the tables of tests/benchmarks (minutes; no result passes 
 chaos: setup ## kill a run at 50 random moments and at every write of a save, and print what came of it (half an hour)
 	$(CLEAR_LOCKS)
 	CHAOS_FULL=1 python -m pytest --capture=no -m '' tests/chaos -k kills
+
+# The paper's experiments, on the GPUs of this node. ARMS and SEEDS choose some: make paper-gpt2 ARMS='ce dispersion'
+# SEEDS=0. What is finished is left alone, what was cut short goes on.
+SEEDS ?= 0 1 2
+PAPER_ARMS = $(patsubst configs/paper/$(1)_%.yaml,%,$(wildcard configs/paper/$(1)_*.yaml))
+define paper_runs
+@for arm in $(or $(ARMS),$(call PAPER_ARMS,$(1))); do for seed in $(SEEDS); do \
+	run=$(1)_$$arm-s$$seed; \
+	deepspeed launch/pretrain.py --config configs/paper/$(1)_$$arm.yaml \
+		run.seed=$$seed run.name=$$run run.folder=runs/paper/$$run; \
+	python launch/evaluate_checkpoint.py --model runs/paper/$$run --suite configs/eval/paper.yaml; \
+done; done; \
+python launch/report.py runs/paper/$(1)_*/ --out runs/paper/$(1).html
+endef
+
+paper-gpt2: data/wikitext103-gpt2/corpus.json ## mid-train GPT2 on wikitext-103: each baseline and each form of the loss
+	$(call paper_runs,gpt2)
+
+paper-qwen3: data/wikitext103-qwen3/corpus.json ## the same for Qwen3-0.6B
+	$(call paper_runs,qwen3)
+
+paper-width: data/fineweb-edu/corpus.json ## GPT2's shape from scratch with four widths of the MLP
+	$(call paper_runs,width)
+
+data/wikitext103-gpt2/corpus.json: | $(STAMP)
+	python data_prep/tokenize_to_mds.py --recipe configs/data/wikitext103.yaml --out $(@D)
+
+data/wikitext103-qwen3/corpus.json: | $(STAMP)
+	python data_prep/tokenize_to_mds.py --recipe configs/data/wikitext103.yaml --tokenizer Qwen/Qwen3-0.6B --out $(@D)
+
+data/fineweb-edu/corpus.json: | $(STAMP)
+	python data_prep/tokenize_to_mds.py --recipe configs/data/fineweb_edu.yaml --out $(@D)
+
+paper-pretraining: setup ## submit Qwen3-0.6B on C4, without and with the loss, to Slurm; SUBMIT='--partition P --time T ...'
+	python launch/submit_slurm.py --config configs/paper/c4_ce.yaml configs/paper/c4_dispersion.yaml \
+		--nodes 80 --gpus-per-node 8 $(SUBMIT)
+
+paper-families: setup ## measure condensation over GPT2, Qwen and Bloom on wikitext
+	@for family in configs/paper/families_*.txt; do \
+		name=$$(basename "$$family" .txt); \
+		python launch/measure_condensation.py $$(sed 's/#.*//' "$$family") --dataset wikitext --repetitions 100 \
+			--max-length 512 --precision bf16 --out "runs/paper/$$name"; \
+	done
+
+evidence: setup ## train, evaluate and compare what tests/evidence lists (2 CPU cores: 2 hours)
+	$(CLEAR_LOCKS)
+	PYTHONPATH=.:tests python tests/evidence/train.py
+	PYTHONPATH=.:tests python tests/evidence/compare.py
 
 clean: ## remove .venv and all caches; data/ and runs/ stay
 	rm -rf $(VENV) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -67,8 +67,8 @@ def training_lines(arms: Sequence[Arm], reference: Arm) -> list[Line]:
     """Validation loss, cosine and step time at the end of training, with Student's intervals over pairs of seeds."""
     figures: list[tuple[str, tuple[str, str], bool, Callable[[Run], float | None]]] = [
         ("validation loss", (BETTER, WORSE), False, lambda run: run.last("validation/cross_entropy")),
-        ("mean cosine, last half", ("lower", "higher"), False, _last_cosine),
-        ("step time in s", ("faster", "slower"), True, lambda run: run.median("step_time_s")),
+        ("mean cosine, last half of the layers", ("lower", "higher"), False, _last_cosine),
+        ("cost, step time in s", ("faster", "slower"), True, lambda run: run.median("step_time_s")),
     ]
     lines = []
     for name, words, is_ratio, value in figures:

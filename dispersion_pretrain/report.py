@@ -142,11 +142,17 @@ def _over_tasks(suite: SuiteOutcome, report: Report) -> list[str]:
         return []
     names = [arm.name for arm in report.arms]
     ranks = [(rank, f"{name} {rank:.2f}") for name, rank in zip(names, suite.ranks, strict=True)]
-    tests = [(name, test) for name, test in zip(names, suite.tests, strict=True) if test is not None]
+    by_words: dict[str, list[str]] = {}
+    for name, test in zip(names, suite.tests, strict=True):
+        if test is not None:
+            words = tables.wilcoxon_words(test)
+            short = words if len(names) - 1 <= _NAMED else words.partition(" (")[0].rpartition(", ")[2]
+            by_words.setdefault(short, []).append(name)
+    tests = "; ".join(f"{_listed(alike)} {words}" for words, alike in by_words.items())
     tasks = f"{suite.num_ranked} task{'s' * (suite.num_ranked > 1)}"
     return [
-        f"{suite.suite}: average rank over {tasks} (1 is best): {_some(ranks)}. Wilcoxon signed-rank test over tasks, "
-        f"{suite.metric}: {'; '.join(f'{name} {tables.wilcoxon_words(test)}' for name, test in tests)}."
+        f"{suite.suite}: average rank over {tasks} (1 is best): {_some(ranks)}. "
+        f"Wilcoxon signed-rank test over tasks, {suite.metric}: {tests}."
     ]
 
 

@@ -12,6 +12,10 @@ from numpy.typing import NDArray
 
 from dispersion_pretrain.condensation import Condensation
 
+NASTY = "<script>alert(1)<" + "b>$x$&\"'--><!--"  # a name that no page may take for its own text
+TASKS = ("anli_r2", "arc_easy", "lambada", "mmlu", "openbookqa", "piqa", "winogrande")
+DISPERSION = {"coefficient": 0.1}
+
 
 def make_run(
     folder: Path,
@@ -105,3 +109,29 @@ def answers(num_examples: int, level: float, effect: float, seed: int, arm: int)
     order = np.argsort(np.argsort(hardness + chance))
     right = order < round(num_examples * (level + effect))
     return right.astype(np.float64)
+
+
+def two_arms(
+    root: Path, effect: float, seeds: tuple[int, ...] = (0, 1, 2), tasks: tuple[str, ...] = TASKS
+) -> list[Path]:
+    """Runs of a baseline and of an arm with the dispersion loss that answers `effect` more of the examples rightly."""
+    folders = []
+    for arm, section in enumerate((None, DISPERSION)):
+        for seed in seeds:
+            name = f"{('base', 'spread')[arm]}_s{seed}"
+            chance = float(np.random.default_rng([seed, arm]).normal(scale=0.01))
+            folder = make_run(
+                root / name,
+                settings=seeded(name, seed, dispersion=section),
+                validation=(9.1, 7.1 + 0.3 * seed - 5 * effect * arm + chance),
+                cosines=(0.2, 0.6 - 6 * effect * arm + chance),
+                step_time_s=0.5 * (1.01 if arm else 1.0) * (1 + chance / 10),
+            )
+            luck = np.random.default_rng([seed, arm]).normal(scale=0.01, size=len(tasks))
+            scored = {
+                task: answers(300 + place, 0.3 + 0.05 * place, effect * arm + luck[place], seed, arm)
+                for place, task in enumerate(tasks)
+            }
+            write_accuracies(folder, scored)
+            folders.append(folder)
+    return folders

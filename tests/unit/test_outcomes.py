@@ -18,36 +18,18 @@ from dispersion_pretrain.arms import choose_reference, group
 from dispersion_pretrain.outcomes import SuiteOutcome, suite_outcomes, training_lines
 from dispersion_pretrain.report import Report, compile_report
 from dispersion_pretrain.run_folder import load_runs
-from report_runs import answers, make_run, seeded, write_accuracies, write_examples, write_results, write_scores
-
-TASKS = ("anli_r2", "arc_easy", "lambada", "mmlu", "openbookqa", "piqa", "winogrande")
-DISPERSION = {"coefficient": 0.1}
-
-
-def two_arms(
-    root: Path, effect: float, seeds: tuple[int, ...] = (0, 1, 2), tasks: tuple[str, ...] = TASKS
-) -> list[Path]:
-    """Runs of a baseline and of an arm with the dispersion loss that answers `effect` more of the examples rightly."""
-    folders = []
-    for arm, section in enumerate((None, DISPERSION)):
-        for seed in seeds:
-            name = f"{('base', 'spread')[arm]}_s{seed}"
-            chance = float(np.random.default_rng([seed, arm]).normal(scale=0.01))
-            folder = make_run(
-                root / name,
-                settings=seeded(name, seed, dispersion=section),
-                validation=(9.1, 7.1 + 0.3 * seed - 5 * effect * arm + chance),
-                cosines=(0.2, 0.6 - 6 * effect * arm + chance),
-                step_time_s=0.5 * (1.01 if arm else 1.0) * (1 + chance / 10),
-            )
-            luck = np.random.default_rng([seed, arm]).normal(scale=0.01, size=len(tasks))
-            scored = {
-                task: answers(300 + place, 0.3 + 0.05 * place, effect * arm + luck[place], seed, arm)
-                for place, task in enumerate(tasks)
-            }
-            write_accuracies(folder, scored)
-            folders.append(folder)
-    return folders
+from report_runs import (
+    DISPERSION,
+    TASKS,
+    answers,
+    make_run,
+    seeded,
+    two_arms,
+    write_accuracies,
+    write_examples,
+    write_results,
+    write_scores,
+)
 
 
 def outcome(folders: list[Path]) -> tuple[Report, SuiteOutcome]:
@@ -109,8 +91,8 @@ def test_figures_of_training_are_judged_over_pairs_of_seeds(tmp_path: Path) -> N
     words = {line.metric: tables.verdict(line, line.cells[1]) for line in compiled.lines}
     # Seeds differ by 0.3 and 0.6, the arms by 0.15: only pairs can show it.
     assert words["validation loss"].endswith("significantly better")
-    assert words["mean cosine, last half"].endswith("significantly lower")
-    assert re.fullmatch(r"×\u00a01\.01\d \[.*\], significantly slower", words["step time in s"])
+    assert words["mean cosine, last half of the layers"].endswith("significantly lower")
+    assert re.fullmatch(r"×\u00a01\.01\d \[.*\], significantly slower", words["cost, step time in s"])
     loss = compiled.lines[0].cells[1]
     assert (loss.num_pairs, loss.basis) == (3, "seeds")
     by_seed = [[run.last("validation/cross_entropy") or math.nan for run in arm.runs] for arm in compiled.arms]

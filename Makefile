@@ -20,7 +20,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # start whole runs and wait for them, come first.
 SIDE_BY_SIDE := -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help setup corpus demo test test-cluster test-container test-gpu lint bench chaos evidence clean
+.PHONY: help setup corpus demo test test-cluster test-browser test-container test-gpu lint bench chaos evidence clean
 .PHONY: paper-gpt2 paper-qwen3 paper-width paper-pretraining paper-families
 
 help: ## this list
@@ -71,6 +71,9 @@ test: setup ## all tests that need neither a GPU nor a cluster
 test-cluster: setup ## the tests with a real Slurm and several hosts on this machine (root; installs Debian's packages)
 	$(CLEAR_LOCKS)
 	python -m pytest -m "cluster and not container" tests/cluster --durations 0
+
+test-browser: setup ## open pages in a headless Chromium (root; installs Debian's package)
+	python -m pytest -m browser tests/browser
 
 test-container: setup ## build the CPU image and train in it (root, minutes; installs buildah and podman from Debian)
 	python -m pytest -m container tests/cluster

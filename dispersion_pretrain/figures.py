@@ -1,13 +1,15 @@
-"""The pictures of a report: as SVG for the page and, where wanted, as PNG for other uses.
+"""The pictures of a report: as SVG for the page and, where wanted, as PNG and SVG files for other uses.
 
-In the SVG the colours are CSS variables and the text is text, so that the page's theme and font hold in it, too.
+In the page's SVG the colours are CSS variables and the text is text, so that the page's theme and font hold in it, too.
+A file has the colours themselves, and its letters are shapes: it looks the same everywhere.
 """
 
 from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import matplotlib
@@ -21,7 +23,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from dispersion_pretrain.condensation import plot_heatmap
+from dispersion_pretrain.arms import Arm
+from dispersion_pretrain.condensation import Condensation, plot_heatmap
 from dispersion_pretrain.run_folder import Run, Series
 
 INK, MUTED, GRID = "#1f2329", "#6a727d", "#e4e7eb"
@@ -37,22 +40,23 @@ STYLE: Any = {
     "axes.titlelocation": "left", "axes.titlecolor": MUTED, "legend.frameon": False, "figure.facecolor": "none",
     "axes.facecolor": "none", "savefig.facecolor": "none", "figure.constrained_layout.use": True,
 }  # fmt: skip
+_MOMENTS = 5  # of a run that have a heatmap
 _POINTS = 1200  # of one drawn line; more cannot be told apart, and the page would grow with the run
 
 
 class Drawing(NamedTuple):
     """One picture of the page."""
 
-    slug: str  # unique on the page; the name of the PNG file
+    slug: str  # unique on the page; the name of its files
     title: str
     caption: str
     svg: Markup
     figure: Figure
-    lines: list[tuple[str, int]]  # name of a run and its place among the colours; empty: no legend
+    lines: list[tuple[str, int]]  # name of an arm and its place among the colours; empty: no legend
 
-    def png(self) -> bytes:
-        """The same picture as an image, with its title and a legend, which the page has beside it. Call it once."""
-        with matplotlib.rc_context(STYLE):
+    def files(self) -> Iterator[tuple[str, bytes]]:
+        """File names and contents of the picture with its title and a legend, which the page has beside it. Once."""
+        with matplotlib.rc_context({**STYLE, "svg.fonttype": "path", "svg.hashsalt": self.slug}):
             self.figure.suptitle(_plain(self.title), x=0.02, ha="left", fontsize=10)
             if len(self.lines) > 1:
                 handles = [Line2D([], [], **_line(index)) for _, index in self.lines]
@@ -61,9 +65,24 @@ class Drawing(NamedTuple):
                 rows = -(-len(labels) // columns)
                 self.figure.set_figheight(self.figure.get_figheight() + 0.2 * rows)
                 self.figure.legend(handles, labels, loc="outside lower center", ncols=columns)
-            image = io.BytesIO()
-            self.figure.savefig(image, format="png", dpi=200, facecolor="white")
-        return image.getvalue()
+            for ending, more in (("png", {"dpi": 200}), ("svg", {"metadata": {"Date": None}})):
+                image = io.BytesIO()
+                self.figure.savefig(image, format=ending, facecolor="white", **more)
+                yield f"{self.slug}.{ending}", image.getvalue()
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """The pictures of a page, in its order."""
+
+    main: list[Drawing]  # all arms in each
+    by_run: list[list[Drawing]]  # heatmaps and layers of a run, beside each other
+    side: list[Drawing]  # all arms in each, of less interest
+
+    @property
+    def drawings(self) -> list[Drawing]:
+        """All of them."""
+        return [*self.main, *(drawing for drawings in self.by_run for drawing in drawings), *self.side]
 
 
 class _Comparison(NamedTuple):
@@ -76,20 +95,18 @@ class _Comparison(NamedTuple):
     finish: Callable[[Axes], None]
 
 
-def draw_all(runs: list[Run]) -> list[list[Drawing]]:
-    """Draw what the runs have data for: groups in the order of the page, none of them empty."""
+def draw_all(runs: list[Run], arms: Sequence[Arm]) -> Gallery:
+    """Draw what the runs have data for; those of one arm have one colour."""
     slugs = [_slug(run.name) for run in runs]
     if len(set(slugs)) < len(slugs):
         slugs = [f"{place}-{slug}" for place, slug in enumerate(slugs)]
     measured = [(run, slug) for run, slug in zip(runs, slugs, strict=True) if run.condensations]
     with matplotlib.rc_context(STYLE):
-        groups = [
-            _compare(runs, _main_comparisons()),
-            [_draw_heatmaps(run, slug) for run, slug in measured],
-            [_draw_layers(run, slug, runs) for run, slug in measured],
-            _compare(runs, _side_comparisons()),
-        ]
-    return [group for group in groups if group]
+        return Gallery(
+            _compare(arms, _main_comparisons()),
+            [[_draw_heatmaps(run, slug), _draw_layers(run, slug, runs)] for run, slug in measured],
+            _compare(arms, _side_comparisons()),
+        )
 
 
 def shorten(value: float) -> str:
@@ -149,12 +166,13 @@ def _side_comparisons() -> list[_Comparison]:
     ]
 
 
-def _compare(runs: list[Run], comparisons: list[_Comparison]) -> list[Drawing]:
+def _compare(arms: Sequence[Arm], comparisons: list[_Comparison]) -> list[Drawing]:
     drawings = []
     for slug, title, caption, draw, finish in comparisons:
         figure = Figure(figsize=(5.4, 2.9))
         axes = figure.subplots()
-        shown = [(run.name, index) for index, run in enumerate(runs) if draw(axes, run, index)]
+        drawn = [[draw(axes, run, index) for run in arm.runs] for index, arm in enumerate(arms)]
+        shown = [(arm.name, index) for index, arm in enumerate(arms) if any(drawn[index])]
         finish(axes)
         if shown:
             drawings.append(_finish(figure, slug, title, caption, shown))
@@ -234,26 +252,33 @@ def _thinned(tokens: NDArray[np.float64], values: NDArray[np.float64]) -> Series
 
 
 def _draw_heatmaps(run: Run, slug: str) -> Drawing:
-    """The density of cosines at the first and the last measurement."""
-    chosen = run.condensations[:1] + run.condensations[1:][-1:]
-    figure = Figure(figsize=(5.4, 2.7))
-    panels = figure.subplots(1, 2, sharey=True, squeeze=False)[0]
+    """The density of cosines at up to five measurements, from the first to the last."""
+    chosen = moments(run.condensations)
+    figure = Figure(figsize=(7.4, 2.3))
+    panels = figure.subplots(1, max(2, len(chosen)), sharey=True, squeeze=False)[0]
     for axes, measurement in zip(panels, chosen, strict=False):
-        when = f"after {shorten(measurement.tokens)} tokens" if measurement.step else "before training"
+        when = f"{shorten(measurement.tokens)} tokens" if measurement.step else "before training"
         image = plot_heatmap(measurement, axes, when)
+        axes.set_xticks([0, 0.5, 1], ["0", "0.5", "1"])
         axes.grid(False)
         axes.spines[["top", "right", "left"]].set_visible(True)
         axes.label_outer()
     for axes in panels[len(chosen) :]:
         axes.set_visible(False)
-    bar = figure.colorbar(image, ax=list(panels[: len(chosen)]), pad=0.02, aspect=28, label="density")
+    bar = figure.colorbar(image, ax=list(panels[: len(chosen)]), pad=0.012, aspect=28, label="density")
     bar.outline.set_visible(False)
     last = chosen[-1]
     caption = (
         f"Cosines of token pairs, averaged over {last.num_texts} validation texts of {last.sequence_length} tokens. "
         "Condensed layers have their mass near 1."
     )
-    return _finish(figure, f"heatmap-{slug}", f"Cosine heatmap: {run.name}", caption, [])
+    return _finish(figure, f"heatmap-{slug}", f"Cosine heatmaps: {run.name}", caption, [])
+
+
+def moments(measurements: Sequence[Condensation]) -> list[Condensation]:
+    """The first, the last and up to three evenly between them."""
+    places = np.linspace(0, len(measurements) - 1, min(_MOMENTS, len(measurements)))
+    return [measurements[place] for place in places.round().astype(int)]
 
 
 def _draw_layers(run: Run, slug: str, runs: list[Run]) -> Drawing:
@@ -261,7 +286,7 @@ def _draw_layers(run: Run, slug: str, runs: list[Run]) -> Drawing:
     every = [measurement.mean_cosine for other in runs for measurement in other.condensations]
     lowest, highest = min(float(mean.min()) for mean in every), max(float(mean.max()) for mean in every)
     margin = 0.05 * max(highest - lowest, 0.02)
-    figure = Figure(figsize=(5.4, 2.9))
+    figure = Figure(figsize=(3.5, 2.3))
     axes = figure.subplots()
     num_states = len(run.condensations[-1].mean_cosine)
     # The run's folder may have been used before with another model: its measurements are no part of these lines.
@@ -272,12 +297,13 @@ def _draw_layers(run: Run, slug: str, runs: list[Run]) -> Drawing:
         color = _DEPTH_COLORS(layer / (num_states - 1))
         axes.plot(tokens, means, color=color, linewidth=1.3, marker="o", markersize=2.4)
     _tokens_axis(axes)
+    axes.xaxis.set_major_locator(MaxNLocator(4))
     axes.set_ylim(lowest - margin, highest + margin)
     scale = ScalarMappable(Normalize(0, num_states - 1), _DEPTH_COLORS)
     bar = figure.colorbar(scale, ax=axes, pad=0.02, aspect=28, label="layer")
     bar.outline.set_visible(False)
     bar.ax.yaxis.set_major_locator(MaxNLocator(6, integer=True))
-    caption = "Mean cosine of each hidden state over tokens seen; 0 is the embedding output. Same scale for all runs."
+    caption = "Mean cosine of each hidden state; 0 is the embedding output."
     return _finish(figure, f"layers-{slug}", f"Layers over training: {run.name}", caption, [])
 
 

@@ -27,6 +27,14 @@ class Series(NamedTuple):
     values: NDArray[np.float64]
 
 
+class Examples(NamedTuple):
+    """What a model made of each example of a task, under one metric."""
+
+    keys: list[str]  # distinct; the same example has the same key in every evaluation
+    values: NDArray[np.float64]
+    weights: NDArray[np.float64] | None  # words or bytes of documents whose log-likelihoods the values are
+
+
 @dataclass
 class Run:
     """What a run folder holds. `missing` says in words what it lacks."""
@@ -38,6 +46,7 @@ class Run:
     starts: list[dict[str, Any]] = field(default_factory=list)
     condensations: list[Condensation] = field(default_factory=list)  # by step, ascending
     evaluations: dict[str, dict[str, Any]] = field(default_factory=dict)  # suite -> results.json of the last step
+    examples: dict[str, dict[tuple[str, str], Examples]] = field(default_factory=dict)  # suite -> by task and metric
     missing: list[str] = field(default_factory=list)
 
     def series(self, key: str) -> Series:
@@ -115,13 +124,48 @@ def _load_run(folder: Path, name: str) -> Run:
         if results is None or not isinstance(results.get("results"), dict):
             run.missing.append(f"{path.parent.parent.name}/{path.parent.name}/results.json is damaged and left out")
         else:
-            run.evaluations[path.parent.parent.name] = results
+            suite = path.parent.parent.name
+            run.evaluations[suite] = results
+            try:
+                run.examples[suite] = _load_examples(path.with_name("examples.json"))
+            except ValueError as error:
+                run.examples[suite] = {}
+                run.missing.append(f"{suite}/{path.parent.name}/examples.json is left out ({error})")
             run.missing += [f"benchmark failed: {task}" for task in results.get("errors") or ()]
     for path in sorted((folder / "evaluations").glob("*/step-*/failed.json")):
         if not path.with_name("results.json").exists():
             run.missing.append(f"evaluation {path.parent.parent.name}/{path.parent.name} failed")
     run.missing += _lacks(run)
     return run
+
+
+def _load_examples(path: Path) -> dict[tuple[str, str], Examples]:
+    """Read the examples beside a results.json; older evaluations have none.
+
+    Raises:
+        ValueError: the file is not what it must be; says why.
+    """
+    if not path.is_file():
+        return {}
+    content = _json(path.read_bytes())
+    if content is None or content.get("format_version") != 1 or not isinstance(content.get("tasks"), dict):
+        raise ValueError("no examples of format version 1")
+    examples = {}
+    for task, metrics in content["tasks"].items():
+        for metric, entry in metrics.items() if isinstance(metrics, dict) else ():
+            try:
+                keys = list(map(str, entry["keys"]))
+                values = np.array(entry["values"], dtype=np.float64)
+                weights = None if entry["weights"] is None else np.array(entry["weights"], dtype=np.float64)
+            except (KeyError, TypeError, ValueError):
+                raise ValueError(f"{task} {metric}: no lists of keys, values and weights") from None
+            shapes = {(len(keys),), values.shape} | ({weights.shape} if weights is not None else set())
+            if len(shapes) > 1 or len(set(keys)) < len(keys):
+                raise ValueError(f"{task} {metric}: keys, values and weights do not belong together")
+            if not np.isfinite(values).all() or (weights is not None and not (weights >= 0).all()):
+                raise ValueError(f"{task} {metric}: values that are not finite, or weights below 0")
+            examples[task, metric] = Examples(keys, values, weights)
+    return examples
 
 
 def _lacks(run: Run) -> list[str]:

@@ -1,7 +1,9 @@
 #!/usr/bin/env python3
-"""Show one or more runs on one HTML page that opens offline.
+"""Compare runs on one HTML page that opens offline.
 
-python launch/report.py runs/demo_baseline runs/demo --out report.html [--figures FOLDER]
+python launch/report.py runs/demo_baseline runs/demo --out report.html [--figures FOLDER] [--tables FOLDER]
+
+Runs that differ in their seed only are one arm; arms are compared with the one that has no method section.
 """
 
 from __future__ import annotations
@@ -20,10 +22,18 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="page to write")
-    parser.add_argument("--figures", type=Path, metavar="FOLDER", help="write each figure as a PNG file there, too")
+    parser.add_argument("--reference", metavar="NAME", help="arm to compare with, as the page names it")
+    parser.add_argument("--figures", type=Path, metavar="FOLDER", help="write each figure as PNG and SVG there, too")
+    parser.add_argument("--tables", type=Path, metavar="FOLDER", help="write each table as CSV and LaTeX there, too")
     options = parser.parse_args(arguments)
     try:
-        page = write_report(options.runs, options.out, options.figures)
+        page = write_report(
+            options.runs,
+            options.out,
+            reference=options.reference,
+            figures_folder=options.figures,
+            tables_folder=options.tables,
+        )
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return 1

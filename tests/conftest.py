@@ -27,9 +27,9 @@ hypothesis.settings.load_profile("project")
 
 @pytest.hookimpl(tryfirst=True)  # before pytest applies -m
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Give the tests under gpu/ and cluster/ their marker, by which a plain run leaves them out."""
+    """Give the tests under gpu/, cluster/ and browser/ their marker, by which a plain run leaves them out."""
     for item in items:
-        for folder in {"gpu", "cluster"} & set(Path(item.path).relative_to(Path(__file__).parent).parts):
+        for folder in {"gpu", "cluster", "browser"} & set(Path(item.path).relative_to(Path(__file__).parent).parts):
             item.add_marker(folder)
 
 

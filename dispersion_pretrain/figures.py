@@ -21,7 +21,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from dispersion_pretrain.condensation import plot_heatmap
+from dispersion_pretrain.condensation_pictures import plot_heatmap
 from dispersion_pretrain.run_folder import Run, Series
 
 INK, MUTED, GRID = "#1f2329", "#6a727d", "#e4e7eb"

@@ -302,7 +302,10 @@ def measure(parts: RunParts, writer: metrics.MetricsWriter, step: int, *, everyt
         result = accumulator.result(step=step, tokens=parts.tokens(step))
         values |= result.scalars()
         if distributed.is_main():
+            from dispersion_pretrain.condensation_pictures import training_pictures  # only the rank that draws pays
+
             result.save(settings.run_folder / "condensation" / f"step-{step:08d}.npz")
+            writer.write_pictures(step, training_pictures(result))
     writer.write(step, parts.tokens(step), values)
 
 

@@ -29,6 +29,7 @@ from dispersion_pretrain import distributed
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+TEXT_TOKENS = 512  # of each text, as in the paper; the sums of cosines grow with the square
 NUM_BINS = 128  # of the histogram over [-1, 1]
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 _LATER_FIELDS = ("quantiles", "effective_rank")  # files of older versions lack them

@@ -49,17 +49,18 @@ def trend(members: Sequence[Member]) -> float | None:
 def print_tables(members: Sequence[Member], console: Console | None = None) -> None:
     """Print the family, a line a model, then the layers of each."""
     console = console or Console()
-    family = Table(title="Embedding condensation", title_justify="left")
+    length = members[0].condensation.sequence_length
+    family = Table(title=f"Embedding condensation on texts of {length} tokens", title_justify="left")
     family.add_column("model", overflow="fold")
-    for heading in ("parameters", "blocks", "texts", "tokens", "Spearman rho", "Kendall tau", "effective rank"):
-        family.add_column(heading, justify="right")
+    for heading in ("parameters", "blocks", "texts", "Spearman", "Kendall", "eff. rank"):
+        family.add_column(heading, justify="right", no_wrap=True)
     means = Table(title="Mean cosine of the last blocks", title_justify="left")
     means.add_column("model", overflow="fold")
     for heading in ("last half", "last 1", *(f"last {k}" for k in range(2, _MAX_LAST + 1))):
         means.add_column(heading, justify="right")
     for member in by_size(members):
         result, name = member.condensation, Text(member.name)
-        counts = (member.parameters, len(result.mean_cosine) - 1, result.num_texts, result.sequence_length)
+        counts = (member.parameters, len(result.mean_cosine) - 1, result.num_texts)
         correlations = (f"{result.spearman:.3f}", f"{result.kendall:.3f}")
         family.add_row(name, *(f"{count:,}" for count in counts), *correlations, f"{result.effective_rank[-1]:.1f}")
         means.add_row(name, *(f"{mean:.4f}" for mean in (result.last_half, *result.last_k)))
@@ -67,7 +68,7 @@ def print_tables(members: Sequence[Member], console: Console | None = None) -> N
     console.print(means)
     for member in by_size(members):
         layers = Table(title=Text(f"{member.name}: cosines by layer"), title_justify="left")
-        for heading in ("layer", "mean", *(f"{level:.0%}" for level in QUANTILES), "effective rank"):
+        for heading in ("layer", "mean", *(f"{level:.0%}" for level in QUANTILES), "eff. rank"):
             layers.add_column(heading, justify="right")
         result = member.condensation
         for layer, mean in enumerate(result.mean_cosine):

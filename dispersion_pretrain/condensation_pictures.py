@@ -71,7 +71,7 @@ def draw_trend(names: Sequence[str], parameters: Sequence[int], last_half: Seque
     for name, size, mean in zip(names, parameters, last_half, strict=True):
         axes.annotate(_plain(name), (size, mean), xytext=(4, 4), textcoords="offset points", fontsize=7)
     axes.set(xscale="log", xlabel="parameters", ylabel="mean cosine, last half", title=title)
-    axes.margins(x=0.15, y=0.15)
+    axes.margins(x=0.25, y=0.15)
     return figure
 
 
@@ -88,7 +88,9 @@ def training_pictures(condensation: Condensation) -> dict[str, NDArray[np.uint8]
         label = f"{QUANTILES[k]:.0%} to {QUANTILES[-1 - k]:.0%} of pairs"
         axes.fill_between(condensation.layer_fraction, low, high, color="C0", alpha=0.2, linewidth=0, label=label)
     plot_curves({"mean": condensation}, axes)
-    axes.set(ylim=(-1.05, 1.05), title=title)  # the same at each step, so that the slider shows what moves
+    axes.set(
+        ylim=(-1.05, 1.05), ylabel="cosine", title=title
+    )  # the same at each step, so that the slider shows what moves
     axes.legend(frameon=False, fontsize=7, loc="lower left")
     return {"condensation/heatmap": _pixels(heatmap), "condensation/curves": _pixels(curves)}
 

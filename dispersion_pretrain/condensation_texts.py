@@ -17,12 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dispersion_pretrain.condensation import TEXT_TOKENS
 from dispersion_pretrain.corpus import TokenCorpus, read_manifest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-PAPER_LENGTH = 512  # tokens of a text
 _LEAST_WORDS = 1024  # of a text from a data set, as in the package embedding-condensation
 
 
@@ -77,7 +77,7 @@ class CorpusTexts:
         self.name = location
         self._manifest = read_manifest(location)
         longest = self._manifest.sequence_length
-        self.length = length or min(PAPER_LENGTH, longest)
+        self.length = length or min(TEXT_TOKENS, longest)
         if self.length > longest:
             raise ValueError(
                 f"--max-length: {self.length}, but the texts of {location} have {longest} tokens. At most that many "
@@ -123,11 +123,11 @@ class FileTexts:
             ValueError: the file is missing, holds no text, or a line of it is not as it must be.
         """
         self.name = str(path)
-        self.length = length or PAPER_LENGTH
+        self.length = length or TEXT_TOKENS
         self._path = path
         if not path.is_file():
             raise ValueError(f"{path}: is no file. One with a text a line, or a .jsonl file, is needed. Correct it.")
-        if not any(True for _ in itertools.islice(self._strings(), num_texts)):
+        if not sum(1 for _ in itertools.islice(self._strings(), num_texts)):
             raise ValueError(f"{path}: holds no text. At least 1 is needed, one a line. Give another file.")
 
     def token_ids(self, subject: Subject) -> Iterator[Sequence[int]]:
@@ -167,7 +167,7 @@ class DatasetTexts:
         source = DATASETS[dataset]
         self.name = dataset
         self._num_texts = num_texts
-        self.length = length or PAPER_LENGTH
+        self.length = length or TEXT_TOKENS
         where = f"{source.hub_name} of the Hugging Face hub"
         try:
             if folder is None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
 import subprocess
 import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import matplotlib
@@ -17,7 +19,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Pretrain
 
 from dispersion_pretrain import condensation as module
 from dispersion_pretrain import condensation_pictures
-from dispersion_pretrain.condensation import Condensation, CosineAccumulator, causal_lm_forward, measure
+from dispersion_pretrain.condensation import Condensation, CosineAccumulator, causal_lm_forward, measure, require_finite
 
 matplotlib.use("Agg")
 
@@ -305,6 +307,44 @@ def test_measures_a_hugging_face_model_in_evaluation_mode(config: PretrainedConf
         states = model.eval()(input_ids=texts, output_hidden_states=True).hidden_states
     expected = [naive_average(state).mean() for state in states]
     np.testing.assert_allclose(result.mean_cosine, expected, rtol=0, atol=1e-6)
+
+
+def test_memory_does_not_grow_with_the_number_of_texts() -> None:
+    """What this process holds after 20 and after 220 texts; their matrices would be 600 MiB, as float64 twice that."""
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=64, n_layer=2, n_head=1, n_embd=8, n_positions=512)
+    resident_mib = {}
+
+    def batches() -> Iterator[Tensor]:
+        for text in range(221):
+            if text in (20, 220):
+                pages = int(Path("/proc/self/statm").read_text().split()[1])
+                resident_mib[text] = pages * os.sysconf("SC_PAGESIZE") / 2**20
+            yield torch.randint(0, 64, (1, 512))
+
+    measure(causal_lm_forward(AutoModelForCausalLM.from_config(config)), batches())
+    assert resident_mib[220] - resident_mib[20] < 60
+
+
+def test_a_model_is_tried_on_two_tokens() -> None:
+    model = AutoModelForCausalLM.from_config(GPT2Config(vocab_size=64, n_layer=2, n_head=1, n_embd=8, n_positions=32))
+    require_finite(model)
+    with torch.no_grad():
+        model.transformer.h[1].mlp.c_proj.bias[3] = float("inf")
+    with pytest.raises(RuntimeError, match="hidden state 2: NaN or infinity"):
+        require_finite(model)
+
+
+def test_training_pictures_show_the_measurement() -> None:
+    low = accumulate([torch.eye(6)[None].repeat(2, 1, 1)] * 4, 2)
+    high = accumulate([torch.ones(2, 6, 6)] * 4, 2)
+    pictures = {
+        name: condensation_pictures.training_pictures(result) for name, result in (("low", low), ("high", high))
+    }
+    for tag in ("condensation/heatmap", "condensation/curves"):
+        first, second = pictures["low"][tag], pictures["high"][tag]
+        assert first.dtype == np.uint8 and first.shape == second.shape == (320, 400, 3)
+        assert (first != second).any()
 
 
 def test_plots_show_fractions_and_the_fixed_colour_scale() -> None:

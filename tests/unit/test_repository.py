@@ -54,7 +54,7 @@ ALLOWED: dict[str, set[str]] = {
     "shard_cache": set(),
     "corpus_files": {"remotes", "shard_cache"},
     "corpus": {"corpus_files", "remotes"},
-    "condensation_texts": {"corpus"},
+    "condensation_texts": {"condensation", "corpus"},
     "order": set(),
     "data": {"corpus", "order"},
     "corpora": {"config", "corpus", "data", "layout", "order"},

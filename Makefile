@@ -7,6 +7,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/.installed
+PEER := $(VENV)/.peer
 CORPUS := data/python-docs
 
 # For ninja, which DeepSpeed calls by name to build its operators, and for `python` in the recipes.
@@ -41,6 +42,12 @@ $(STAMP): pyproject.toml constraints.txt
 	python -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[dev]'
 	@touch $@
 
+# The package whose figures a test and a benchmark compare with ours. It is no dependency: its licence is
+# non-commercial, and it asks for an older transformers than the pinned one, with which it works as well.
+$(PEER): $(STAMP)
+	python -m pip install --quiet --no-deps embedding-condensation==2.0
+	@touch $@
+
 corpus: $(CORPUS)/corpus.json ## tokenize the documentation that Python carries into data/python-docs
 
 $(CORPUS)/corpus.json: | $(STAMP)
@@ -64,7 +71,7 @@ demo: corpus ## train a small model without and with the dispersion loss; ends w
 	done
 	@python launch/report.py runs/demo_baseline runs/demo --out "$$PWD/runs/demo/report.html"
 
-test: setup ## all tests that need neither a GPU nor a cluster
+test: setup $(PEER) ## all tests that need neither a GPU nor a cluster
 	$(CLEAR_LOCKS)
 	python -m pytest $(SIDE_BY_SIDE)
 
@@ -88,7 +95,7 @@ lint: setup ## ruff, mypy, and the linters of shell scripts and of the Dockerfil
 	shellcheck .ci/run
 	hadolint docker/Dockerfile
 
-bench: setup ## print the tables of tests/benchmarks (minutes; no result passes or fails)
+bench: setup $(PEER) ## print the tables of tests/benchmarks (minutes; no result passes or fails)
 	$(CLEAR_LOCKS)
 	@for benchmark in tests/benchmarks/bench_*.py; do \
 		echo "== $$benchmark"; PYTHONPATH=.:tests python "$$benchmark"; \

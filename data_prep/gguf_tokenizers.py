@@ -72,7 +72,10 @@ def load_gguf(path: Path, place: str) -> PreTrainedTokenizerFast:
     backend.add_tokens([AddedToken(tokens[number], normalized=False) for number in defined if number not in special])
     names = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
     roles = {names[name]: tokens[number] for name, number in ends.items() if number is not None}
-    return PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False, **roles)
+    inputs = ["input_ids", "attention_mask"]  # by default also token_type_ids: GPT2 adds those, embedded
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, clean_up_tokenization_spaces=False, model_input_names=inputs, **roles
+    )
 
 
 def _byte_level(tokens: list[str], merges: list[str], cutting: str) -> Tokenizer:

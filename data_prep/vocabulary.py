@@ -68,6 +68,7 @@ def train(documents: Iterator[str], vocab_size: int, sample_bytes: int = SAMPLE_
         eos_token=END_OF_DOCUMENT,
         bos_token=END_OF_DOCUMENT,
         unk_token=END_OF_DOCUMENT,
+        model_input_names=["input_ids", "attention_mask"],  # by default also token_type_ids: GPT2 adds those, embedded
         clean_up_tokenization_spaces=False,
     )
 

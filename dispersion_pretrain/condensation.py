@@ -2,7 +2,8 @@
 
 Source: arXiv 2602.00217, section on embedding condensation. For hidden state l (0 = embedding output, 1 ... L = block
 outputs, the last one after the final norm, as transformers returns them) and tokens i, j of one text, cos[l, i, j] is
-averaged elementwise over the texts; everything here is a statistic of that average, its diagonal included.
+averaged elementwise over the texts; everything here is a statistic of that average, its diagonal included, except the
+effective rank, which is of each text's own matrix.
 """
 
 from __future__ import annotations
@@ -10,9 +11,9 @@ from __future__ import annotations
 import os
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,13 +27,12 @@ from torch import Tensor
 from dispersion_pretrain import distributed
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.image import AxesImage
     from transformers import PreTrainedModel
 
+TEXT_TOKENS = 512  # of each text, as in the paper; the sums of cosines grow with the square
 NUM_BINS = 128  # of the histogram over [-1, 1]
-MAX_DENSITY = 10.0  # upper end of the heatmap's colour scale
-HEATMAP_COLORS = ("#ffffff", "#fde3cf", "#f6a878", "#e2604f", "#ad2750", "#5a1246")  # of density 0 ... MAX_DENSITY
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+_LATER_FIELDS = ("quantiles", "effective_rank")  # files of older versions lack them
 _CHUNK_BYTES = 64 * 2**20  # float32 cosines held at once, besides the sums
 
 
@@ -41,6 +41,14 @@ class Condensation:
     """One measurement of a model with L blocks, hence L + 1 hidden states.
 
     `spearman` and `kendall` correlate `mean_cosine` with the layer index: near +1 it condenses with depth.
+
+    `effective_rank` is the number of directions that the tokens of a text share out evenly, averaged over the texts: 1
+    where all are parallel, min(tokens, dim) where they are spread over all there is. It is the participation ratio
+    (tr G)^2 / |G|_F^2 of a text's cosine matrix G, whose eigenvalues are the squared singular values of its unit
+    vectors; so it is exp of the Renyi entropy of order 2 of their shares, where Roy and Vetterli (2007) take Shannon's
+    of the singular values. It needs no decomposition. Source: Gao et al. (2017), "A theory of multineuronal
+    dimensionality, dynamics and measurement"; here of unit vectors that are not centred, since the common direction is
+    what is measured.
     """
 
     mean_cosine: NDArray[np.float64]  # (L + 1,) mean over all token pairs, the diagonal included
@@ -53,6 +61,9 @@ class Condensation:
     sequence_length: int
     step: int = 0
     tokens: int = 0  # seen in training so far
+    # (L + 1, 5) of the pairs' text-averaged cosines, at QUANTILES, and (L + 1,); both empty where a file lacks them
+    quantiles: NDArray[np.float64] = field(default_factory=lambda: np.empty((0, len(QUANTILES))))
+    effective_rank: NDArray[np.float64] = field(default_factory=lambda: np.empty(0))
 
     @property
     def last_k(self) -> tuple[float, ...]:
@@ -68,6 +79,9 @@ class Condensation:
     def scalars(self) -> dict[str, float]:
         """The measurement under its metric keys."""
         values = {f"condensation/cosine/layer_{layer:02d}": float(mean) for layer, mean in enumerate(self.mean_cosine)}
+        ranks = enumerate(self.effective_rank)
+        values |= {f"condensation/effective_rank/layer_{layer:02d}": float(rank) for layer, rank in ranks}
+        values |= {f"condensation/cosine/last_blocks_{k}": mean for k, mean in enumerate(self.last_k, 1)}
         values["condensation/cosine_last_half"] = self.last_half
         values["condensation/spearman"] = self.spearman
         values["condensation/kendall"] = self.kendall
@@ -77,7 +91,7 @@ class Condensation:
         """Write an npz file of the fields, and make its folder; a kill leaves the old file or the new one, whole."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        arrays = {field.name: np.asarray(getattr(self, field.name)) for field in fields(self)}
+        arrays = {part.name: np.asarray(getattr(self, part.name)) for part in fields(self)}
         descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         try:
             os.fchmod(descriptor, 0o644)  # mkstemp makes it private
@@ -92,14 +106,18 @@ class Condensation:
 
     @classmethod
     def load(cls, path: str | Path) -> Condensation:
-        """Read what `save` wrote.
+        """Read what `save` wrote, here or in a version that measured less.
 
         Raises:
             ValueError: the file is missing, damaged, or no measurement.
         """
         try:
             with np.load(path, allow_pickle=False) as archive:
-                values: dict[str, Any] = {field.name: archive[field.name] for field in fields(cls)}
+                values: dict[str, Any] = {
+                    part.name: archive[part.name]
+                    for part in fields(cls)
+                    if part.name not in _LATER_FIELDS or part.name in archive
+                }
         except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
             raise ValueError(
                 f"{path}: is no condensation measurement ({type(error).__name__}: {error}). An npz file that "
@@ -135,6 +153,7 @@ class CosineAccumulator:
         self.sequence_length = sequence_length
         # float64, so that thousands of float32 matrices add up without loss, in whatever order ranks and batches come
         self._sums = torch.zeros(num_states, sequence_length, sequence_length, dtype=torch.float64, device=device)
+        self._rank_sums = torch.zeros(num_states, dtype=torch.float64, device=device)
         self._num_texts = torch.zeros((), dtype=torch.int64, device=device)
 
     @torch.no_grad()
@@ -165,6 +184,7 @@ class CosineAccumulator:
                     if ignored is not None:
                         cosines.masked_fill_(ignored[first : first + chunk, None, None], 0.0)
                     self._sums[layer] += cosines.sum(0, dtype=torch.float64)
+                    self._rank_sums[layer] += _participation_ratios(cosines).sum(dtype=torch.float64)
         self._num_texts += batch if ignored is None else (~ignored).sum()
 
     def reduce(self, group: dist.ProcessGroup | None = None) -> None:
@@ -173,8 +193,12 @@ class CosineAccumulator:
         Collective: `group` (None: the world), also on ranks that added nothing; a world of one does nothing.
         """
         device = distributed.collective_device()
-        for tensor in (self._sums, self._num_texts):
+        for tensor in (self._sums, self._rank_sums, self._num_texts):
             tensor.copy_(distributed.all_reduce_sum(tensor.to(device), group))
+
+    def average(self, layer: int) -> NDArray[np.float64]:
+        """(sequence_length, sequence_length) cosines of one hidden state, averaged over the texts added so far."""
+        return (self._sums[layer] / self._num_texts).cpu().numpy()
 
     def result(self, step: int = 0, tokens: int = 0) -> Condensation:
         """Statistics of the texts added so far. `step` and `tokens` say when in training they were measured.
@@ -195,12 +219,14 @@ class CosineAccumulator:
             )
         mean_cosine = np.empty(self.num_states)
         histogram = np.empty((self.num_states, NUM_BINS))
+        quantiles = np.empty((self.num_states, len(QUANTILES)))
         bin_edges = np.linspace(-1.0, 1.0, NUM_BINS + 1)
         for layer in range(self.num_states):
-            cosines = (self._sums[layer] / num_texts).cpu().numpy()
+            cosines = self.average(layer)
             mean_cosine[layer] = cosines.mean()
             histogram[layer], _ = np.histogram(cosines, bins=NUM_BINS, range=(-1.0, 1.0), density=True)
-        spearman, kendall = _rank_correlations(mean_cosine)
+            quantiles[layer] = np.quantile(cosines, QUANTILES)
+        spearman, kendall = rank_correlations(np.arange(self.num_states), mean_cosine)
         return Condensation(
             mean_cosine=mean_cosine,
             histogram=histogram,
@@ -212,6 +238,8 @@ class CosineAccumulator:
             sequence_length=self.sequence_length,
             step=step,
             tokens=tokens,
+            quantiles=quantiles,
+            effective_rank=(self._rank_sums / num_texts).cpu().numpy(),
         )
 
     def _check_shapes(self, hidden_states: Sequence[Tensor], valid: Tensor | None) -> None:
@@ -260,6 +288,23 @@ def measure(
     return accumulator.result(step, tokens)
 
 
+def require_finite(model: PreTrainedModel) -> None:
+    """Try a causal LM, its head included, on two tokens, before it is measured on whole texts without its head.
+
+    Raises:
+        RuntimeError: a hidden state or the logits hold NaN or infinity.
+    """
+    with torch.no_grad():
+        outputs = model(input_ids=torch.tensor([[0, 1]], device=model.device), output_hidden_states=True)
+    found = {f"hidden state {layer}": states for layer, states in enumerate(outputs.hidden_states)}
+    for place, values in {**found, "logits": outputs.logits}.items():
+        if not bool(torch.isfinite(values).all()):
+            raise RuntimeError(
+                f"{place}: NaN or infinity after two tokens. Finite values are needed. Check the weights (did training "
+                "diverge, is the file damaged?) or measure in float32."
+            )
+
+
 def causal_lm_forward(model: PreTrainedModel) -> Callable[[Tensor], Sequence[Tensor]]:
     """Put a Hugging Face causal LM into evaluation mode and return its hidden states as a function of input_ids."""
     model.eval()
@@ -271,32 +316,6 @@ def causal_lm_forward(model: PreTrainedModel) -> Callable[[Tensor], Sequence[Ten
         return states
 
     return forward
-
-
-def plot_heatmap(condensation: Condensation, axes: Axes, title: str = "") -> AxesImage:
-    """Draw the density of cosines (colour, 0 ... 10) over layer fraction (x) and cosine (y); returns the image."""
-    from matplotlib.colors import LinearSegmentedColormap
-
-    half_cell = 0.5 / (len(condensation.mean_cosine) - 1)
-    image = axes.imshow(
-        condensation.histogram.T,
-        aspect="auto",
-        origin="lower",
-        interpolation="nearest",
-        cmap=LinearSegmentedColormap.from_list("density", HEATMAP_COLORS),
-        vmin=0.0,
-        vmax=MAX_DENSITY,
-        extent=(-half_cell, 1 + half_cell, -1.0, 1.0),  # a column is centred on its layer's fraction
-    )
-    axes.set(xlabel="layer fraction", ylabel="cosine", xticks=[0, 0.5, 1], yticks=[-1, -0.5, 0, 0.5, 1], title=title)
-    return image
-
-
-def plot_curves(condensations: Mapping[str, Condensation], axes: Axes) -> None:
-    """Draw the mean cosine over layer fraction, a line each; the keys are the labels."""
-    for label, condensation in condensations.items():
-        axes.plot(condensation.layer_fraction, condensation.mean_cosine, marker="o", markersize=3, label=label)
-    axes.set(xlabel="layer fraction", ylabel="mean cosine", xlim=(-0.02, 1.02))
 
 
 @contextmanager
@@ -314,12 +333,15 @@ def _exact_float32_matmul(device: torch.device) -> Iterator[None]:
         settings.fp32_precision = before
 
 
-def _rank_correlations(mean_cosine: NDArray[np.float64]) -> tuple[float, float]:
-    """Spearman's rho and Kendall's tau with the layer index."""
-    if np.ptp(mean_cosine) == 0:  # every rank is tied: neither is defined, and scipy would warn
+def _participation_ratios(cosines: Tensor) -> Tensor:
+    """(tr G)^2 / |G|_F^2 of each of (texts, tokens, tokens) cosine matrices; 0 for a matrix of zeros."""
+    traces = cosines.diagonal(dim1=1, dim2=2).sum(1)
+    norms = torch.linalg.vector_norm(cosines, dim=(1, 2)).clamp_min(torch.finfo(cosines.dtype).tiny)
+    return (traces / norms) ** 2
+
+
+def rank_correlations(first: NDArray[Any], second: NDArray[Any]) -> tuple[float, float]:
+    """Spearman's rho and Kendall's tau; NaN where one of the two is constant, so that every rank is tied."""
+    if np.ptp(first) == 0 or np.ptp(second) == 0:  # scipy would warn
         return float("nan"), float("nan")
-    layers = np.arange(len(mean_cosine))
-    return (
-        float(scipy.stats.spearmanr(layers, mean_cosine).statistic),
-        float(scipy.stats.kendalltau(layers, mean_cosine).statistic),
-    )
+    return float(scipy.stats.spearmanr(first, second).statistic), float(scipy.stats.kendalltau(first, second).statistic)

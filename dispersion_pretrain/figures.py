@@ -24,7 +24,8 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from dispersion_pretrain.arms import Arm
-from dispersion_pretrain.condensation import Condensation, plot_heatmap
+from dispersion_pretrain.condensation import Condensation
+from dispersion_pretrain.condensation_pictures import plot_heatmap
 from dispersion_pretrain.run_folder import Run, Series
 
 INK, MUTED, GRID = "#1f2329", "#6a727d", "#e4e7eb"

@@ -28,6 +28,8 @@ from torch import Tensor
 from dispersion_pretrain import distributed
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
     from rich.progress import Progress
     from torch.utils.tensorboard import SummaryWriter
 
@@ -35,6 +37,7 @@ METRICS_FILE = "metrics.jsonl"
 STARTS_FILE = "starts.jsonl"
 _TAIL_BYTES = 2**18  # of metrics.jsonl, in which the last record is looked for
 TENSORBOARD_FOLDER = "tensorboard"
+_DETAILS = ("/layer_", "/last_blocks_")  # parts of keys that the terminal does not show
 _MAX_UNWRITTEN = 10_000  # records that wait for room on the disk
 
 _log = logging.getLogger(__name__)
@@ -145,21 +148,31 @@ class MetricsWriter:
             while self._unwritten:
                 append_line(self._run_folder / METRICS_FILE, self._unwritten[0])
                 self._unwritten.popleft()
-            self._write_tensorboard(step, values, now)
+            with self._tensorboard_writer(step) as writer:
+                for name, value in values.items():
+                    writer.add_scalar(name, value, step, walltime=now)
         if self._prints:
             self._show(step, tokens, values, now)
+
+    def write_pictures(self, step: int, pictures: Mapping[str, NDArray[np.uint8]]) -> None:
+        """Write images of (height, width, 3) to TensorBoard by their tags; on a full disk they are lost."""
+        if not self._is_main:
+            return
+        with self._surviving_a_full_disk(), self._tensorboard_writer(step) as writer:
+            for tag, picture in pictures.items():
+                writer.add_image(tag, picture, step, dataformats="HWC")
 
     def _open_tensorboard(self, first_step: int) -> SummaryWriter:
         from torch.utils.tensorboard import SummaryWriter  # takes a second: only the rank that writes pays
 
         return SummaryWriter(str(self._run_folder / TENSORBOARD_FOLDER), purge_step=first_step)
 
-    def _write_tensorboard(self, step: int, values: Mapping[str, float], now: float) -> None:
+    @contextmanager
+    def _tensorboard_writer(self, step: int) -> Iterator[SummaryWriter]:
         """Raises OSError; the writer's thread has then ended, and the next call opens another."""
         writer = self._tensorboard or self._open_tensorboard(step)
         self._tensorboard = None
-        for name, value in values.items():
-            writer.add_scalar(name, value, step, walltime=now)
+        yield writer
         writer.flush()
         self._tensorboard = writer
 
@@ -353,7 +366,7 @@ def _training_line(step: int, tokens: int, values: Mapping[str, float], eta_s: f
 
 
 def _other_line(step: int, values: Mapping[str, float]) -> str:
-    shown = [f"{name} {value:.4f}" for name, value in values.items() if "/layer_" not in name]
+    shown = [f"{name} {value:.4f}" for name, value in values.items() if not any(part in name for part in _DETAILS)]
     return " | ".join([f"step {step}", *shown])
 
 

@@ -15,7 +15,7 @@ from dispersion_pretrain import distributed, exit_codes, heartbeat, metrics
 from dispersion_pretrain.assembly import RunParts, assemble
 from dispersion_pretrain.baselines import count_resets
 from dispersion_pretrain.certificate import Certificate
-from dispersion_pretrain.condensation import CosineAccumulator
+from dispersion_pretrain.condensation import TEXT_TOKENS, CosineAccumulator
 from dispersion_pretrain.config import CondensationSettings, Settings, ValidationSettings
 from dispersion_pretrain.crash_loop import refuse_crash_loop
 from dispersion_pretrain.data import Batch
@@ -30,8 +30,6 @@ from dispersion_pretrain.run_lock import only_start
 from dispersion_pretrain.saving import Saved, Saves
 from dispersion_pretrain.stopping import Stopping
 from dispersion_pretrain.watchdog import Watchdog
-
-_CONDENSATION_TOKENS = 512  # of each text, as in the paper; the cosine sums grow with the square
 
 
 class TrainEngine(Protocol):
@@ -285,7 +283,7 @@ def measure(parts: RunParts, writer: metrics.MetricsWriter, step: int, *, everyt
                 [outputs.cross_entropy_sums[counted].sum(), counted.sum() * (batch.input_ids.shape[1] - 1)]
             )
         if condensation is not None:
-            states = [state[:, :_CONDENSATION_TOKENS] for state in outputs.hidden_states]
+            states = [state[:, :TEXT_TOKENS] for state in outputs.hidden_states]
             accumulator = accumulator or CosineAccumulator(len(states), states[0].shape[1], parts.device)
             texts = (batch.valid & (batch.sample_index < condensation.num_texts)).to(parts.device)
             accumulator.add(states, texts)
@@ -302,7 +300,10 @@ def measure(parts: RunParts, writer: metrics.MetricsWriter, step: int, *, everyt
         result = accumulator.result(step=step, tokens=parts.tokens(step))
         values |= result.scalars()
         if distributed.is_main():
+            from dispersion_pretrain.condensation_pictures import training_pictures  # only the rank that draws pays
+
             result.save(settings.run_folder / "condensation" / f"step-{step:08d}.npz")
+            writer.write_pictures(step, training_pictures(result))
     writer.write(step, parts.tokens(step), values)
 
 

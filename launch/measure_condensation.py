@@ -1,47 +1,61 @@
 #!/usr/bin/env python3
-"""Measure how far the hidden states of models condense, layer by layer, on the validation split of a corpus.
+"""Measure how far the hidden states of models condense, layer by layer, and how that changes with their size.
 
+python launch/measure_condensation.py gpt2 gpt2-medium gpt2-large gpt2-xl --dataset wikitext --out condensation
+python launch/measure_condensation.py gpt2 Qwen/Qwen3-0.6B --texts texts.jsonl --repetitions 100 --max-length 512
 python launch/measure_condensation.py runs/demo runs/demo@100 --corpus data/python-docs --out condensation
-python launch/measure_condensation.py gpt2 gpt2-xl --corpus data/wikitext-gpt2 --max-length 512
+
+Texts are one a line of FILE, or the key "text" of each line of a .jsonl file, tokenized with each model's own
+tokenizer; or drawn from a data set of the paper, as the package embedding-condensation does it; or the validation split
+of a corpus that data_prep wrote. Texts of fewer than --max-length tokens are passed over. A model that fails stops no
+other; the exit code is then 1.
 """
 
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 import tempfile
 import textwrap
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 
-from dispersion_pretrain.condensation import Condensation, causal_lm_forward, measure, plot_curves, plot_heatmap
-from dispersion_pretrain.corpus import CorpusManifest, TokenCorpus, read_manifest
+from dispersion_pretrain.condensation import causal_lm_forward, measure, require_finite
+from dispersion_pretrain.condensation_family import Member, print_tables, write_files
+from dispersion_pretrain.condensation_texts import (
+    DATASETS,
+    CorpusTexts,
+    DatasetTexts,
+    FileTexts,
+    Subject,
+    TextBatches,
+    Texts,
+    load_tokenizer,
+)
 from dispersion_pretrain.model import load_exported
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Measure and print; 1 with one line of explanation when something does not fit."""
+    """Measure and print; 1 where a model could not be measured, with a line of explanation for each."""
     options = parse_arguments(arguments)
     try:
-        results = measure_models(options)
-        print_tables(results)
-        if options.out is not None:
-            write_files(results, options.out)
+        texts = open_texts(options)
+        members = measure_models(options, texts)
+        if members:
+            print_tables(members)
+            if options.out is not None:
+                print(*write_files(members, options.out), sep="\n")
     except (ValueError, RuntimeError, OSError) as error:
         print(error, file=sys.stderr)
         return 1
-    return 0
+    return 0 if len(members) == len(set(options.models)) else 1
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -50,51 +64,78 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("models", nargs="+", metavar="MODEL", help="run folder, RUN@STEP, Hugging Face folder or name")
-    parser.add_argument("--corpus", required=True, help="folder or URL that data_prep wrote")
+    texts = parser.add_mutually_exclusive_group()
+    texts.add_argument("--texts", type=Path, metavar="FILE", help="a text a line, or .jsonl with the key text")
+    texts.add_argument("--corpus", metavar="DIR", help="folder or URL that data_prep wrote")
+    texts.add_argument("--dataset", choices=tuple(DATASETS), help="default where no texts are named: wikitext")
+    parser.add_argument("--datasets", type=Path, metavar="DIR", help="mirror of the data sets in local files")
     parser.add_argument("--cache", type=Path, help="local folder for the shards of a remote corpus")
-    parser.add_argument("--num-texts", type=int, default=100, help="validation sequences to average (default: 100)")
-    parser.add_argument("--max-length", type=int, help="use the first N tokens of each (default: all)")
+    parser.add_argument("--repetitions", type=int, default=100, help="texts to average (default: 100)")
+    parser.add_argument("--max-length", type=int, help="tokens of each text (default: 512, or all of a corpus' fewer)")
     parser.add_argument("--batch-size", type=int, default=4, help="texts in one forward pass (default: 4)")
     parser.add_argument("--precision", choices=tuple(_DTYPES), default="float32", help="of the forward pass")
-    parser.add_argument("--out", type=Path, help="folder for the heatmaps (PNG) and measurements (npz)")
+    parser.add_argument("--out", type=Path, help="folder for tables (CSV), pictures (PNG) and measurements (npz)")
     options = parser.parse_args(arguments)
-    for name, minimum in (("num_texts", 1), ("max_length", 2), ("batch_size", 1)):
+    for name, minimum in (("repetitions", 1), ("max_length", 2), ("batch_size", 1)):
         value = getattr(options, name)
         if value is not None and value < minimum:
             flag = "--" + name.replace("_", "-")
             parser.error(f"{flag}: {value} is not allowed. At least {minimum} is. Raise it.")
+    if options.out is not None and options.out.exists() and not options.out.is_dir():
+        parser.error(f"--out: {options.out} is a file. A folder is needed. Name another.")
+    for flag, given, source in (
+        ("--datasets", options.datasets, "--texts" if options.texts else options.corpus and "--corpus"),
+        ("--cache", options.cache, None if options.corpus else "texts that are no corpus"),
+    ):
+        if given is not None and source is not None:
+            parser.error(f"{flag}: {given} has no meaning beside {source}. Leave it out.")
     return options
 
 
-def measure_models(options: argparse.Namespace) -> dict[str, Condensation]:
-    """Measure the models one after another, on the same texts."""
-    manifest = read_manifest(options.corpus)
-    length = options.max_length or manifest.sequence_length
-    if length > manifest.sequence_length:
-        raise ValueError(
-            f"--max-length: {length}, but the texts of {options.corpus} have {manifest.sequence_length} tokens. "
-            "At most that many are allowed. Lower it, or make a corpus of longer sequences."
-        )
-    corpus = TokenCorpus(manifest, "validation", options.cache)
-    num_texts = min(options.num_texts, len(corpus))
-    if num_texts < options.num_texts:
-        print(f"--num-texts: {options.num_texts}, but {options.corpus} has {num_texts}; they are used", file=sys.stderr)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    results: dict[str, Condensation] = {}
+def open_texts(options: argparse.Namespace) -> Texts:
+    """The texts that the command line names."""
+    if options.corpus is not None:
+        return CorpusTexts(options.corpus, options.cache, options.max_length)
+    if options.texts is not None:
+        return FileTexts(options.texts, options.repetitions, options.max_length)
+    return DatasetTexts(options.dataset or "wikitext", options.datasets, options.repetitions, options.max_length)
+
+
+def measure_models(options: argparse.Namespace, texts: Texts) -> list[Member]:
+    """Measure the models one after another; what goes wrong with one is printed, and the next one follows."""
+    members = []
     for name in dict.fromkeys(options.models):
-        model, tokens = load_model(name, _DTYPES[options.precision])
-        check_fit(name, model, tokens, manifest, length)
-        forward = causal_lm_forward(model.to(device))  # type: ignore[arg-type]  # transformers' wrapper hides `self`
-        results[name] = measure(forward, text_batches(corpus, num_texts, length, options.batch_size))
-        del model, forward  # before the next one is loaded
-    return results
+        try:
+            members.append(measure_model(name, options, texts))
+        except Exception as error:  # a model folder is not ours: its libraries raise whatever they like
+            known = isinstance(error, ValueError | RuntimeError | OSError)
+            message = str(error) if known else f"{type(error).__name__}: {error}"
+            print(message if message.startswith(f"{name}: ") else f"{name}: {message}", file=sys.stderr)
+    return members
 
 
-def load_model(name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, dict[str, int] | None]:
+def measure_model(name: str, options: argparse.Namespace, texts: Texts) -> Member:
+    """Measure one model, which is gone from memory afterwards."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    subject = load_subject(name, _DTYPES[options.precision])
+    check_positions(subject, texts.length)
+    model: PreTrainedModel = subject.model.to(device)  # type: ignore[arg-type]  # transformers' wrapper hides `self`
+    require_finite(model)
+    batches = TextBatches(texts, subject, options.repetitions, options.batch_size)
+    result = measure(causal_lm_forward(model), batches)
+    print(f"{name}: {result.num_texts} texts of {result.sequence_length} tokens of {texts.name}, "
+          f"{batches.num_short} shorter ones passed over", flush=True)  # fmt: skip
+    if result.num_texts < options.repetitions:
+        print(f"{name}: --repetitions: {options.repetitions}, but {texts.name} has {result.num_texts} texts that are "
+              "long enough; they are used", file=sys.stderr)  # fmt: skip
+    return Member(name, model.num_parameters(), result)
+
+
+def load_subject(name: str, dtype: torch.dtype) -> Subject:
     """Load a run's checkpoint (exported to a folder that is removed again), a Hugging Face folder or name.
 
-    Returns:
-        the model; the ids of its tokenizer's tokens, None where it comes without a tokenizer.
+    Raises:
+        ValueError: it is none of these.
     """
     run_folder = Path(name.partition("@")[0])
     if (run_folder / "config.yaml").is_file() or (run_folder / "checkpoints").is_dir():
@@ -102,7 +143,7 @@ def load_model(name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, dict[str
 
         with tempfile.TemporaryDirectory() as scratch:
             folder = export_run(name, Path(scratch, "model"), check=False)
-            return load_exported(folder, dtype=dtype), _token_ids(str(folder))
+            return Subject(name, load_exported(folder, dtype=dtype), load_tokenizer(str(folder)))
     try:
         model = load_exported(name, dtype=dtype)
     except (OSError, ValueError) as error:
@@ -111,120 +152,17 @@ def load_model(name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, dict[str
             f"{name}: is no run folder and no causal language model that transformers can load ({reason}). "
             "A run, RUN@STEP, a Hugging Face folder or name is allowed. Correct the name."
         ) from error
-    return model, _token_ids(name)
+    return Subject(name, model, load_tokenizer(name))
 
 
-def _token_ids(name: str) -> dict[str, int] | None:
-    from transformers import AutoTokenizer
-
-    folder = Path(name)
-    if folder.is_dir() and not any((folder / file).is_file() for file in _TOKENIZER_FILES):
-        return None
-    try:
-        ids: dict[str, int] = AutoTokenizer.from_pretrained(name, trust_remote_code=False).get_vocab()
-    except (OSError, ValueError):
-        return None
-    return ids
-
-
-def check_fit(
-    name: str, model: PreTrainedModel, tokens: dict[str, int] | None, manifest: CorpusManifest, length: int
-) -> None:
-    """Raise ValueError where the corpus' token ids mean nothing to the model, or its texts are too long for it."""
-    vocabulary = int(model.config.vocab_size)
-    corpus = f"{manifest.location} ({manifest.tokenizer.name})"
-    if manifest.vocab_size > vocabulary:
-        raise ValueError(
-            f"{name}: its vocabulary has {vocabulary} tokens, that of the corpus {corpus} has {manifest.vocab_size}. "
-            "The model's must hold the corpus'. Use a corpus made with the model's tokenizer."
-        )
-    corpus_tokens = _token_ids(f"{manifest.location}/{manifest.tokenizer.folder}")
-    if tokens is not None and corpus_tokens is not None:
-        foreign = sorted(token for token, index in corpus_tokens.items() if tokens.get(token) != index)
-        if foreign:
-            raise ValueError(
-                f"{name}: its tokenizer ({len(tokens)} tokens) is not that of the corpus {corpus}, of "
-                f"{len(corpus_tokens)}: {len(foreign)} tokens, such as {foreign[0]!r}, have another id or none. The "
-                "same ids are needed. Use a corpus made with the model's tokenizer."
-            )
-    positions = getattr(model.config, "max_position_embeddings", None)
+def check_positions(subject: Subject, length: int) -> None:
+    """Raise ValueError where texts are too long for a model."""
+    positions = getattr(subject.model.config, "max_position_embeddings", None)
     if positions is not None and length > positions:
         raise ValueError(
-            f"{name}: has {positions} positions, the texts {length} tokens. At most {positions} are allowed. "
+            f"{subject.name}: has {positions} positions, the texts {length} tokens. At most {positions} are allowed. "
             f"Use --max-length {positions}."
         )
-
-
-def text_batches(corpus: TokenCorpus, num_texts: int, length: int, batch_size: int) -> Iterator[torch.Tensor]:
-    """Yield the first `num_texts` texts as (up to batch_size, length) int64."""
-    for first in range(0, num_texts, batch_size):
-        texts = [corpus[index][:length] for index in range(first, min(first + batch_size, num_texts))]
-        yield torch.from_numpy(np.stack(texts).astype(np.int64))
-
-
-def print_tables(results: dict[str, Condensation]) -> None:
-    """Print the summary, then the mean cosine of each layer."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    console = Console()
-    first = next(iter(results.values()))
-    summary = Table(
-        title=f"Embedding condensation: {first.num_texts} texts of {first.sequence_length} tokens", title_justify="left"
-    )
-    summary.add_column("model", overflow="fold")
-    for heading in ("blocks", "Spearman rho", "Kendall tau", "last half", "last block"):
-        summary.add_column(heading, justify="right")
-    for name, result in results.items():
-        numbers = (result.spearman, result.kendall, result.last_half, result.last_k[0])
-        cells = (f"{number:.3f}" for number in numbers)
-        summary.add_row(Text(name), str(len(result.mean_cosine) - 1), *cells)
-    console.print(summary)
-    layers = Table(title="Mean cosine by layer", title_justify="left")
-    layers.add_column("layer", justify="right")
-    for name in results:
-        layers.add_column(Text(name), justify="right", overflow="fold")
-    for layer in range(max(len(result.mean_cosine) for result in results.values())):
-        means = [result.mean_cosine[layer : layer + 1] for result in results.values()]
-        layers.add_row(str(layer), *(f"{mean[0]:.4f}" if len(mean) else "" for mean in means))
-    console.print(layers)
-
-
-def write_files(results: dict[str, Condensation], folder: Path) -> None:
-    """Write one npz a model, heatmap.png with a panel a model, and curves.png."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    folder.mkdir(parents=True, exist_ok=True)
-    written = []
-    for name, result in results.items():
-        path = folder / f"{_file_name(name)}.npz"
-        result.save(path)
-        written.append(path)
-    figure, grid = pyplot.subplots(
-        1, len(results), figsize=(1.2 + 3.4 * len(results), 3.4), squeeze=False, sharey=True, layout="constrained"
-    )
-    labels = {name: name.replace("$", r"\$") for name in results}
-    for axes, (name, result) in zip(grid[0], results.items(), strict=True):
-        image = plot_heatmap(result, axes, labels[name])
-        axes.label_outer()
-    figure.colorbar(image, ax=grid[0].tolist(), label="probability density")
-    curves, axes = pyplot.subplots(figsize=(5.4, 3.4), layout="constrained")
-    plot_curves({labels[name]: result for name, result in results.items()}, axes)
-    axes.legend(frameon=False)
-    for name, drawing in (("heatmap.png", figure), ("curves.png", curves)):
-        drawing.savefig(folder / name, dpi=200)
-        pyplot.close(drawing)
-        written.append(folder / name)
-    for path in written:
-        print(path)
-
-
-def _file_name(name: str) -> str:
-    return re.sub(r"[^A-Za-z0-9._@-]+", "_", name).strip("_.") or "model"
 
 
 if __name__ == "__main__":

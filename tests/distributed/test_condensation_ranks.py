@@ -59,6 +59,8 @@ def test_ranks_equal_one_process() -> None:
             assert result.num_texts == _TEXTS
             np.testing.assert_allclose(result.mean_cosine, expected.mean_cosine, rtol=0, atol=1e-12)
             np.testing.assert_allclose(result.histogram, expected.histogram, rtol=0, atol=1e-12)
+            np.testing.assert_allclose(result.quantiles, expected.quantiles, rtol=0, atol=1e-12)
+            np.testing.assert_allclose(result.effective_rank, expected.effective_rank, rtol=1e-12)
             assert (result.spearman, result.kendall) == (expected.spearman, expected.kendall)
 
 

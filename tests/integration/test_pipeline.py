@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from integration.jobs import finish, pretrain_command, records, run_script, trajectory, write_config
 
@@ -45,7 +46,11 @@ def test_run_folder_holds_what_it_promises(trained: Path) -> None:
     assert sorted(path.name for path in (trained / "condensation").iterdir()) == [
         f"step-{step:08d}.npz" for step in (0, 6, 12)
     ]
-    assert list((trained / "tensorboard").glob("events.*"))
+    events = EventAccumulator(str(trained / "tensorboard"))
+    events.Reload()
+    for picture in ("heatmap", "curves"):
+        assert [event.step for event in events.Images(f"condensation/{picture}")] == [0, 6, 12]
+    assert [event.step for event in events.Scalars("condensation/effective_rank/layer_01")] == [0, 6, 12]
 
 
 def test_export_measure_evaluate_and_report(trained: Path, corpus: Path, tmp_path: Path) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
 import subprocess
 import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import matplotlib
@@ -16,7 +18,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PretrainedConfig, Qwen3Config
 
 from dispersion_pretrain import condensation as module
-from dispersion_pretrain.condensation import Condensation, CosineAccumulator, causal_lm_forward, measure
+from dispersion_pretrain import condensation_pictures
+from dispersion_pretrain.condensation import Condensation, CosineAccumulator, causal_lm_forward, measure, require_finite
 
 matplotlib.use("Agg")
 
@@ -53,6 +56,8 @@ def assert_equal(left: Condensation, right: Condensation, tolerance: float = 1e-
     assert left.num_texts == right.num_texts
     np.testing.assert_allclose(left.mean_cosine, right.mean_cosine, rtol=0, atol=tolerance)
     np.testing.assert_allclose(left.histogram, right.histogram, rtol=0, atol=tolerance)
+    np.testing.assert_allclose(left.quantiles, right.quantiles, rtol=0, atol=tolerance)
+    np.testing.assert_allclose(left.effective_rank, right.effective_rank, rtol=tolerance, atol=tolerance)
 
 
 def test_equals_the_naive_definition() -> None:
@@ -79,6 +84,34 @@ def test_histogram_is_of_the_averaged_matrix_not_of_single_texts() -> None:
     width = 2 / 128
     occupied = {int((0.5 + 1) / width): 0.5 / width, 127: 0.5 / width}  # off the diagonal the mean of 1 and 0
     assert {int(i): result.histogram[0, i] for i in np.flatnonzero(result.histogram[0])} == pytest.approx(occupied)
+
+
+def test_quantiles_are_those_of_the_averaged_matrix() -> None:
+    states = random_states(texts=5, tokens=9)
+    result = accumulate(states, batch=2)
+    for layer, state in enumerate(states):
+        expected = np.quantile(naive_average(state), [0.05, 0.25, 0.5, 0.75, 0.95])
+        np.testing.assert_allclose(result.quantiles[layer], expected, rtol=0, atol=1e-6)
+
+
+def test_effective_rank_is_the_mean_participation_ratio_of_the_texts() -> None:
+    states = random_states(texts=5, tokens=9)
+    states[1][3, 4:] = 0.0  # vectors without a direction take part in nothing
+    result = accumulate(states, batch=2)
+    for layer, state in enumerate(states):
+        ratios = []
+        for text in state.double().numpy():
+            unit = np.stack([vector / np.linalg.norm(vector) for vector in text if vector.any()])
+            shares = np.linalg.svd(unit, compute_uv=False) ** 2 / len(unit)
+            ratios.append(1 / (shares**2).sum())
+        assert result.effective_rank[layer] == pytest.approx(np.mean(ratios), rel=1e-5)
+
+
+def test_effective_rank_of_known_cases() -> None:
+    parallel, spread = torch.ones(2, 6, 8), torch.eye(6, 8).expand(2, 6, 8)
+    plane = torch.tensor([[1.0, 0.0], [0.0, 1.0]]).repeat(3, 1).expand(2, 6, 2)
+    zero = torch.zeros(2, 6, 8)
+    assert accumulate([parallel, spread, plane, zero], 2).effective_rank == pytest.approx([1, 6, 2, 0], rel=1e-5)
 
 
 def test_known_cases() -> None:
@@ -149,6 +182,8 @@ def test_last_half_is_that_of_the_block_outputs(num_blocks: int, first: int) -> 
 def test_scalars_are_the_metric_keys() -> None:
     result = accumulate(random_states(1, 4), 1)
     keys = {f"condensation/cosine/layer_0{layer}" for layer in range(4)}
+    keys |= {f"condensation/effective_rank/layer_0{layer}" for layer in range(4)}
+    keys |= {f"condensation/cosine/last_blocks_{k}" for k in (1, 2, 3)}
     keys |= {"condensation/cosine_last_half", "condensation/spearman", "condensation/kendall"}
     assert set(result.scalars()) == keys
     assert all(type(value) is float for value in result.scalars().values())
@@ -229,6 +264,19 @@ def test_a_damaged_file_is_named(tmp_path: Path, content: bytes | None) -> None:
         Condensation.load(path)
 
 
+def test_a_file_of_an_older_version_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "step-00000000.npz"
+    result = accumulate(random_states(1, 4), 1)
+    result.save(path)
+    with np.load(path) as archive:
+        old = {name: archive[name] for name in archive if name not in ("quantiles", "effective_rank")}
+    np.savez(path, **old)
+    loaded = Condensation.load(path)
+    np.testing.assert_array_equal(loaded.mean_cosine, result.mean_cosine)
+    assert (loaded.quantiles.shape, loaded.effective_rank.shape) == ((0, 5), (0,))
+    assert set(loaded.scalars()) < set(result.scalars())
+
+
 def test_a_file_without_a_key_is_named(tmp_path: Path) -> None:
     path = tmp_path / "other.npz"
     np.savez(path, mean_cosine=np.zeros(3))
@@ -261,13 +309,51 @@ def test_measures_a_hugging_face_model_in_evaluation_mode(config: PretrainedConf
     np.testing.assert_allclose(result.mean_cosine, expected, rtol=0, atol=1e-6)
 
 
+def test_memory_does_not_grow_with_the_number_of_texts() -> None:
+    """What this process holds after 20 and after 220 texts; their matrices would be 600 MiB, as float64 twice that."""
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=64, n_layer=2, n_head=1, n_embd=8, n_positions=512)
+    resident_mib = {}
+
+    def batches() -> Iterator[Tensor]:
+        for text in range(221):
+            if text in (20, 220):
+                pages = int(Path("/proc/self/statm").read_text().split()[1])
+                resident_mib[text] = pages * os.sysconf("SC_PAGESIZE") / 2**20
+            yield torch.randint(0, 64, (1, 512))
+
+    measure(causal_lm_forward(AutoModelForCausalLM.from_config(config)), batches())
+    assert resident_mib[220] - resident_mib[20] < 60
+
+
+def test_a_model_is_tried_on_two_tokens() -> None:
+    model = AutoModelForCausalLM.from_config(GPT2Config(vocab_size=64, n_layer=2, n_head=1, n_embd=8, n_positions=32))
+    require_finite(model)
+    with torch.no_grad():
+        model.transformer.h[1].mlp.c_proj.bias[3] = float("inf")
+    with pytest.raises(RuntimeError, match="hidden state 2: NaN or infinity"):
+        require_finite(model)
+
+
+def test_training_pictures_show_the_measurement() -> None:
+    low = accumulate([torch.eye(6)[None].repeat(2, 1, 1)] * 4, 2)
+    high = accumulate([torch.ones(2, 6, 6)] * 4, 2)
+    pictures = {
+        name: condensation_pictures.training_pictures(result) for name, result in (("low", low), ("high", high))
+    }
+    for tag in ("condensation/heatmap", "condensation/curves"):
+        first, second = pictures["low"][tag], pictures["high"][tag]
+        assert first.dtype == np.uint8 and first.shape == second.shape == (320, 400, 3)
+        assert (first != second).any()
+
+
 def test_plots_show_fractions_and_the_fixed_colour_scale() -> None:
     import matplotlib.pyplot as plt
 
     result = accumulate(random_states(2, 6, num_states=5), 2)
     figure, (left, right) = plt.subplots(1, 2)
-    image = module.plot_heatmap(result, left, "a title")
-    module.plot_curves({"one": result}, right)
+    image = condensation_pictures.plot_heatmap(result, left, "a title")
+    condensation_pictures.plot_curves({"one": result}, right)
     assert image.get_clim() == (0.0, 10.0)
     shape = image.get_array()
     assert shape is not None and shape.shape == (128, 5)

@@ -12,8 +12,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dispersion_pretrain import metrics
@@ -112,6 +114,21 @@ def test_records_go_to_jsonl_and_tensorboard(tmp_path: Path) -> None:
     first, second = metrics.read_metrics(tmp_path)
     assert first["validation/cross_entropy"] == 7.0 and first["loss/total"] == 6.25
     assert second["loss/total"] == 6.0 and "validation/cross_entropy" not in second
+
+
+def test_pictures_go_to_tensorboard_on_rank_0_only(tmp_path: Path) -> None:
+    picture = np.arange(4 * 6 * 3, dtype=np.uint8).reshape(4, 6, 3)
+    with open_writer(tmp_path) as writer:
+        writer.write_pictures(7, {"condensation/heatmap": picture})
+    with open_writer(tmp_path / "other", is_main=False) as writer:
+        writer.write_pictures(7, {"condensation/heatmap": picture})
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    (event,) = events.Images("condensation/heatmap")
+    assert (event.step, event.height, event.width) == (7, 4, 6)
+    with Image.open(io.BytesIO(event.encoded_image_string)) as decoded:
+        np.testing.assert_array_equal(np.asarray(decoded), picture)
+    assert not (tmp_path / "other").exists()
 
 
 def test_a_resume_appends_and_the_last_value_of_a_step_counts(tmp_path: Path) -> None:

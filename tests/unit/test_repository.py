@@ -42,6 +42,8 @@ ALLOWED: dict[str, set[str]] = {
     "provenance": set(),
     "submission": {"cluster_file", "config", "layout", "provenance", "settings_file", "slurm", "slurm_script"},
     "condensation": {"distributed"},
+    "condensation_pictures": {"condensation"},
+    "condensation_family": {"condensation", "condensation_pictures"},
     "loss_head": set(),
     "model": {"config", "loss_head"},
     "baselines": {"config", "distributed", "model"},
@@ -52,6 +54,7 @@ ALLOWED: dict[str, set[str]] = {
     "shard_cache": set(),
     "corpus_files": {"remotes", "shard_cache"},
     "corpus": {"corpus_files", "remotes"},
+    "condensation_texts": {"condensation", "corpus"},
     "order": set(),
     "data": {"corpus", "order"},
     "corpora": {"config", "corpus", "data", "layout", "order"},
@@ -83,9 +86,10 @@ ALLOWED: dict[str, set[str]] = {
         "metrics", "provenance", "saving", "settings_file",
     },
     "train": {
-        "assembly", "baselines", "certificate", "checkpoint", "condensation", "config", "crash_loop", "data",
-        "distributed", "engine", "evaluation_jobs", "exit_codes", "faults", "heartbeat", "launcher", "metrics", "model",
-        "objective", "optim", "replicas", "resume", "run_lock", "saving", "stopping", "watchdog",
+        "assembly", "baselines", "certificate", "checkpoint", "condensation", "condensation_pictures", "config",
+        "crash_loop", "data", "distributed", "engine", "evaluation_jobs", "exit_codes", "faults", "heartbeat",
+        "launcher", "metrics", "model", "objective", "optim", "replicas", "resume", "run_lock", "saving", "stopping",
+        "watchdog",
     },
     "doctor": {
         "assembly", "config", "data", "distributed", "engine", "layout", "metrics", "model", "objective",
@@ -97,7 +101,7 @@ ALLOWED: dict[str, set[str]] = {
     "comparison": set(),
     "outcomes": {"arms", "comparison", "run_folder"},
     "tables": {"arms", "comparison", "outcomes"},
-    "figures": {"arms", "condensation", "run_folder"},
+    "figures": {"arms", "condensation", "condensation_pictures", "run_folder"},
     "report": {"arms", "comparison", "figures", "outcomes", "run_folder", "tables"},
     "plan_machine": {"config", "plain_values", "settings_file"},
     "plan_work": set(),
@@ -115,7 +119,7 @@ ALLOWED: dict[str, set[str]] = {
 CONFINED: dict[str, tuple[set[str], set[str]]] = {
     "deepspeed": ({"engine"}, set()),
     "lm_eval": (set(), {"evaluate", "suites"}),
-    "matplotlib": ({"figures", "plan_picture"}, {"condensation", "measure_condensation"}),
+    "matplotlib": ({"condensation_pictures", "figures", "plan_picture"}, set()),
 }
 
 MAXIMUM_LINES = 500  # the aim is 400

@@ -1,0 +1,75 @@
+"""What `make evidence` trains: arms that differ in a few settings, each with the same seeds.
+
+Sizes are those of 2 CPU cores, not the paper's; the questions are the paper's (arXiv 2602.00217).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+SEEDS = (0, 1, 2)
+FOLDER = Path("runs/evidence")
+SMOLLM2, TEACHER = FOLDER / "models" / "smollm2", FOLDER / "models" / "teacher"
+UNTOUCHED = FOLDER / "untouched"  # scores of SmolLM2 before any training
+SCRATCH_CONFIG, SMOLLM2_CONFIG = "configs/evidence/scratch.yaml", "configs/evidence/smollm2.yaml"
+# Corpus -> tokenizer. A tenth is held out: 84 sequences, the demo's share, would be few for a comparison.
+CORPORA = {"data/evidence-scratch": "train:8192", "data/evidence-smollm2": str(SMOLLM2)}
+VALIDATION_SHARE = 0.1
+
+
+@dataclass(frozen=True)
+class Arm:
+    """Runs that differ in their seeds only."""
+
+    name: str
+    config: str
+    overrides: tuple[str, ...] = ()
+    processes: int = 2
+    seeds: tuple[int, ...] = SEEDS
+
+    def run_folder(self, seed: int) -> Path:
+        """Where the run of a seed lies."""
+        return FOLDER / f"{self.name}-s{seed}"
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is compared, the reference first."""
+
+    key: str
+    title: str
+    arms: tuple[Arm, ...]
+
+
+def _term(*settings: str) -> tuple[str, ...]:
+    return tuple(f"dispersion.{setting}" for setting in ("coefficient=0.1", *settings))
+
+
+# One set a sequence, every position: the paper's loss at this length.
+_OF_THE_PAPER = _term("pool_sequences=1", "tokens_per_sequence=256", "norm_epsilon=1e-2")
+
+BASELINE = Arm("baseline", SCRATCH_CONFIG)
+NARROW = Arm("narrow", SCRATCH_CONFIG, ("model.config.n_inner=64",))
+WIDE = Arm("wide", SCRATCH_CONFIG, ("model.config.n_inner=2048",))
+DISPERSION = Arm("dispersion", SCRATCH_CONFIG, _OF_THE_PAPER)
+# The whole global batch of 16 sequences, gathered over both processes, is one set of 512.
+POOLED = Arm("pooled", SCRATCH_CONFIG, _term("pool_sequences=16", "tokens_per_sequence=32", "norm_epsilon=1e-2"))
+DISTILLED = Arm("distilled", SCRATCH_CONFIG, (f"distillation.teacher={TEACHER}",))
+TEACHER_RUN = Arm("teacher", SCRATCH_CONFIG, ("model.config.n_embd=256",), seeds=SEEDS[:1])
+# One process with both cores: two would hold the weights, 0.5 GB of float32, twice.
+SMOLLM2_BASELINE = Arm("smollm2-baseline", SMOLLM2_CONFIG, processes=1)
+SMOLLM2_DISPERSION = Arm("smollm2-dispersion", SMOLLM2_CONFIG, _OF_THE_PAPER, processes=1)
+
+QUESTIONS = (
+    Question("width", "Does condensation lessen with the width of the MLP?", (BASELINE, NARROW, WIDE)),
+    Question("scratch", "From scratch, equal tokens: what does dispersion change?", (BASELINE, DISPERSION, POOLED)),
+    Question(
+        "smollm2",
+        "Mid-training SmolLM2-135M, equal tokens: what does dispersion change?",
+        (SMOLLM2_BASELINE, SMOLLM2_DISPERSION),
+    ),
+    Question(
+        "distillation", "Does distillation from a wider model transfer dispersion?", (BASELINE, DISTILLED, TEACHER_RUN)
+    ),
+)

@@ -1,7 +1,8 @@
 """Benchmark scores of one checkpoint, in a process of its own: never inside the training process.
 
-The folder of an evaluation holds results.json (whole or absent), failed.json (why there is none), pending (who works on
-it), log.txt, job.sh and job.id (of a job that training started) and lock.
+The folder of an evaluation holds results.json (whole or absent) and examples.json beside it (the values of each
+example), partial.json (tasks that are done while others are not), failed.json (why there is no result), pending (who
+works on it), log.txt, job.sh and job.id (of a job that training started) and lock.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dispersion_pretrain import checkpoint, export, heartbeat, provenance, suites
+from dispersion_pretrain import checkpoint, export, heartbeat, held_out, lm_tasks, provenance, suites
 from dispersion_pretrain.config import Settings
 from dispersion_pretrain.corpus import read_manifest
 from dispersion_pretrain.settings_file import load_settings
@@ -32,6 +33,7 @@ from dispersion_pretrain.suites import Suite, load_suite
 
 FORMAT_VERSION = 1
 RESULTS, FAILURE, PENDING = "results.json", "failed.json", "pending"
+EXAMPLES, PARTIAL = "examples.json", "partial.json"
 
 
 @dataclass(frozen=True)
@@ -152,20 +154,46 @@ def _evaluate(job: _Job, *, chosen_folder: bool) -> dict[str, Any]:
     earlier = read_json(job.folder / RESULTS)
     identity = job.identity(earlier)
     scores = _reusable_scores(job, earlier, identity, chosen_folder=chosen_folder)
-    missing = [task for task in job.suite.tasks if task.task not in scores]
-    if earlier is not None and not missing:
+    if earlier is not None and all(task.task in scores for task in job.suite.tasks):
         print(f"{job.folder / RESULTS}: is there already; --force repeats it", flush=True)
         return earlier
+    examples = (read_json(job.folder / EXAMPLES) or {"tasks": {}})["tasks"]
+    examples = {task: values for task, values in examples.items() if task in scores}
+    partial = read_json(job.folder / PARTIAL)
+    if partial is not None and partial["identity"] == identity and not job.options.force:
+        scores, examples = scores | partial["results"], examples | partial["examples"]
+    missing = [task for task in job.suite.tasks if task.task not in scores]
     details: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="evaluation-") as scratch:
         cache = job.settings.data.cache if job.settings and job.options.corpus is None else None
-        loaded, errors = suites.load_tasks(missing, suites.Text(job.corpus, cache, Path(scratch)))
+        loaded, errors = lm_tasks.load_tasks(missing, held_out.Text(job.corpus, cache, Path(scratch)))
         if loaded:
             with _language_model(job) as (lm, details):
-                found, failures = suites.run_tasks(lm, missing, loaded, job.options.limit)
-            scores, errors = scores | found, errors | failures
+                for task, found, of_task, error in lm_tasks.run_tasks(lm, missing, loaded, job.options.limit):
+                    if error is not None:
+                        errors[task] = error
+                        continue
+                    scores[task], examples[task] = found, of_task
+                    done = {"identity": identity, "results": scores, "examples": examples}
+                    write_json(job.folder / PARTIAL, done)  # what a kill leaves is not run again
+    results = _describe(job, identity, scores, errors, details) | {"time_s": time.time() - started}
+    if job.run is not None and job.step is not None:
+        _write_tensorboard(job.run, job.step, results)
+    write_json(job.folder / EXAMPLES, {"format_version": FORMAT_VERSION, "tasks": examples})
+    write_json(job.folder / RESULTS, results)
+    (job.folder / PARTIAL).unlink(missing_ok=True)
+    return results
+
+
+def _describe(
+    job: _Job,
+    identity: dict[str, Any],
+    scores: dict[str, dict[str, Any]],
+    errors: dict[str, str],
+    details: dict[str, Any],
+) -> dict[str, Any]:
     manifest = read_json(job.checkpoint / checkpoint.MANIFEST) if job.checkpoint else None
-    results = {
+    return {
         "format_version": FORMAT_VERSION,
         "model": job.model,
         "run": None if job.run is None else str(job.run),
@@ -177,12 +205,7 @@ def _evaluate(job: _Job, *, chosen_folder: bool) -> dict[str, Any]:
         "errors": errors,
         "versions": provenance.versions() | {name: metadata.version(name) for name in ("lm_eval", "datasets")},
         "settings": {"identity": identity, "corpus": job.corpus, "batch_size": job.options.batch_size, **details},
-        "time_s": time.time() - started,
     }
-    if job.run is not None and job.step is not None:
-        _write_tensorboard(job.run, job.step, results)
-    write_json(job.folder / RESULTS, results)
-    return results
 
 
 def _reusable_scores(
@@ -264,7 +287,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     """Replace a file, whole or not at all."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     with open(temporary, "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=1)
+        json.dump(content, file, indent=None if path.name in (EXAMPLES, PARTIAL) else 1)
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)

@@ -67,8 +67,13 @@ ALLOWED: dict[str, set[str]] = {
     "zero_gradients": set(),
     "engine": {"config", "heartbeat", "layout", "optim", "reshard", "zero_gradients"},
     "export": {"checkpoint", "config", "engine", "model", "settings_file"},
-    "suites": {"corpus"},
-    "evaluate": {"checkpoint", "config", "corpus", "export", "heartbeat", "provenance", "settings_file", "suites"},
+    "suites": set(),
+    "held_out": {"corpus", "suites"},
+    "lm_tasks": {"held_out", "suites"},
+    "evaluate": {
+        "checkpoint", "config", "corpus", "export", "heartbeat", "held_out", "lm_tasks", "provenance", "settings_file",
+        "suites",
+    },
     "evaluation_jobs": {
         "checkpoint", "evaluate", "export", "heartbeat", "settings_file", "slurm", "slurm_script", "suites",
     },
@@ -110,7 +115,7 @@ ALLOWED: dict[str, set[str]] = {
 # Only these modules may import the library at all, or (second set) only inside a function, where it is needed.
 CONFINED: dict[str, tuple[set[str], set[str]]] = {
     "deepspeed": ({"engine"}, set()),
-    "lm_eval": (set(), {"evaluate", "suites"}),
+    "lm_eval": (set(), {"evaluate", "lm_tasks"}),
     "matplotlib": ({"figures", "plan_picture"}, {"condensation", "measure_condensation"}),
 }
 

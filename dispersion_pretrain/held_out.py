@@ -14,6 +14,8 @@ from transformers import AutoTokenizer
 from dispersion_pretrain.corpus import TokenCorpus, read_manifest, tokenizer_path
 from dispersion_pretrain.suites import HeldOut, Questions, SuiteTask
 
+_CHARACTERS_A_WORD = 12  # of a continuation, on average, at most; English has 6
+
 
 @dataclass(frozen=True)
 class Text:
@@ -55,7 +57,8 @@ def continuation_questions(texts: list[str], form: Questions) -> list[dict[str, 
     Places lie one continuation apart, so that no two questions ask for the same words. Which of them are used, in which
     order, and which other places give the wrong choices, is decided by hashes of the places. Wrong choices come from
     other documents, and only where those are too few from the same one, away from the question. The true choice is in
-    turn the first, second and so on.
+    turn the first, second and so on. Continuations with very long words (rulers, tables, base64) are left out: they are
+    no text, and the context of a small model may not hold one.
 
     Returns:
         `context` (text), `choices` (texts) and `answer` (index of the true one) of each question.
@@ -68,14 +71,13 @@ def continuation_questions(texts: list[str], form: Questions) -> list[dict[str, 
     for document, found in enumerate(words):
         last = len(found) - form.continuation_words
         places += [(document, first) for first in range(form.context_words, last + 1, form.continuation_words)]
-    continuations = {
-        (document, first): texts[document][
-            words[document][first].start() : words[document][first + form.continuation_words - 1].end()
-        ]
-        for document, first in places
-    }
+    continuations = {}
+    for document, first in places:
+        begin, end = words[document][first].start(), words[document][first + form.continuation_words - 1].end()
+        if end - begin <= _CHARACTERS_A_WORD * form.continuation_words:
+            continuations[document, first] = texts[document][begin:end]
     questions: list[dict[str, Any]] = []
-    for place in sorted(places, key=_hash)[: form.number]:
+    for place in sorted(continuations, key=_hash)[: form.number]:
         document, first = place
         begin, end = words[document][first - form.context_words].start(), words[document][first - 1].end()
         choices = _wrong_choices(place, continuations, form)

@@ -69,7 +69,7 @@ def evaluated(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> SimpleN
 def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fail when a model is loaded: what is there already must do."""
 
-    def refuse(job: object) -> None:
+    def refuse(*_: object) -> None:
         raise AssertionError("a model is loaded")
 
     monkeypatch.setattr(evaluate, "_language_model", refuse)

@@ -69,10 +69,12 @@ ALLOWED: dict[str, set[str]] = {
     "export": {"checkpoint", "config", "engine", "model", "settings_file"},
     "suites": set(),
     "held_out": {"corpus", "suites"},
-    "lm_tasks": {"held_out", "suites"},
+    "dataset_mirror": {"suites"},
+    "evaluation_ranks": set(),
+    "lm_tasks": {"dataset_mirror", "evaluation_ranks", "held_out", "suites"},
     "evaluate": {
-        "checkpoint", "config", "corpus", "export", "heartbeat", "held_out", "lm_tasks", "provenance", "settings_file",
-        "suites",
+        "checkpoint", "config", "corpus", "evaluation_ranks", "export", "heartbeat", "held_out", "lm_tasks",
+        "provenance", "settings_file", "suites",
     },
     "evaluation_jobs": {
         "checkpoint", "evaluate", "export", "heartbeat", "settings_file", "slurm", "slurm_script", "suites",
@@ -115,7 +117,7 @@ ALLOWED: dict[str, set[str]] = {
 # Only these modules may import the library at all, or (second set) only inside a function, where it is needed.
 CONFINED: dict[str, tuple[set[str], set[str]]] = {
     "deepspeed": ({"engine"}, set()),
-    "lm_eval": (set(), {"evaluate", "lm_tasks"}),
+    "lm_eval": (set(), {"dataset_mirror", "evaluate", "lm_tasks"}),
     "matplotlib": ({"figures", "plan_picture"}, {"condensation", "measure_condensation"}),
 }
 

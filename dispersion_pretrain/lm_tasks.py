@@ -112,8 +112,8 @@ def run_task(lm: Any, task: SuiteTask, objects: list[Any], limit: int | None) ->
         )
 
 
-def take_scores(task: SuiteTask, output: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Take what the suite asks for out of what lm-eval gives.
+def take_scores(task: SuiteTask, output: Any, model: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Take what the suite asks for out of what lm-eval gives; `model` is its name for messages.
 
     Returns:
         for each metric of the task its value and `<metric>_stderr` (None where lm-eval knows none), and `samples`;
@@ -123,7 +123,7 @@ def take_scores(task: SuiteTask, output: Any) -> tuple[dict[str, Any], dict[str,
         ValueError: lm-eval does not give such a metric.
         FloatingPointError: the model's log-likelihoods are no finite numbers.
     """
-    _require_finite(output["samples"])
+    _require_finite(output["samples"], model)
     values = {key.partition(",")[0]: value for key, value in output["results"][task.task].items()}
     absent = [metric for metric in task.metrics if metric not in values]
     if absent:
@@ -157,15 +157,15 @@ def _all_on_every_rank(lm: Any) -> Iterator[None]:
         lm._rank, lm._world_size = divided
 
 
-def _require_finite(samples: dict[str, list[dict[str, Any]]]) -> None:
+def _require_finite(samples: dict[str, list[dict[str, Any]]], model: str) -> None:
     for subtask, of_task in samples.items():
         for sample in of_task:
             for answer in sample["filtered_resps"]:
                 likelihood = answer[0] if isinstance(answer, tuple | list) else answer
                 if isinstance(likelihood, float) and not math.isfinite(likelihood):
                     raise FloatingPointError(
-                        f"the log-likelihood of example {sample['doc_id']} of {subtask} is {likelihood}. Finite "
-                        "numbers are needed. Find out at which step the weights became so, or try another precision"
+                        f"{model} gives example {sample['doc_id']} of {subtask} the log-likelihood {likelihood}. "
+                        "Finite numbers are needed. Find out where the weights became so, or try another precision"
                     )
 
 
@@ -212,7 +212,7 @@ def run_tasks(
         if evaluation_ranks.rank() > 0:
             continue
         try:
-            scores, examples = take_scores(task, output)
+            scores, examples = take_scores(task, output, lm.model.name_or_path)
         except (ValueError, FloatingPointError) as error:
             yield task.task, {}, {}, _failure(task, error)
             continue

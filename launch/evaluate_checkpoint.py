@@ -45,6 +45,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--keep-export", action="store_true", help="keep the Hugging Face folder OUT/model of a run")
     parser.add_argument("--force", action="store_true", help="repeat what was evaluated before")
     options = vars(parser.parse_args(arguments))
+    if options["watch"] is not None and max(options["processes"], evaluation_ranks.count()) > 1:
+        parser.error("--processes: a run is watched by one process. Leave it out, or evaluate with --model.")
     if (processes := options.pop("processes")) > 1 and evaluation_ranks.count() == 1:
         try:
             return evaluation_ranks.start(processes, main, sys.argv[1:] if arguments is None else arguments)

@@ -1,7 +1,8 @@
 """Benchmark scores of one checkpoint, in a process of its own: never inside the training process.
 
-The folder of an evaluation holds results.json (whole or absent), failed.json (why there is none), pending (who works on
-it), log.txt, job.sh and job.id (of a job that training started) and lock.
+The folder of an evaluation holds results.json (whole or absent) and examples.json beside it (the values of each
+example), partial.json (tasks that are done while others are not), failed.json (why there is no result), pending (who
+works on it), log.txt, job.sh and job.id (of a job that training started) and lock.
 """
 
 from __future__ import annotations
@@ -15,23 +16,23 @@ import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dispersion_pretrain import checkpoint, export, heartbeat, provenance, suites
+from dispersion_pretrain import checkpoint, evaluation_ranks, export, heartbeat, held_out, lm_tasks, provenance, suites
 from dispersion_pretrain.config import Settings
 from dispersion_pretrain.corpus import read_manifest
 from dispersion_pretrain.settings_file import load_settings
-from dispersion_pretrain.suites import Suite, load_suite
+from dispersion_pretrain.suites import Suite, SuiteTask, load_suite
 
 FORMAT_VERSION = 1
 RESULTS, FAILURE, PENDING = "results.json", "failed.json", "pending"
+EXAMPLES, PARTIAL = "examples.json", "partial.json"
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class Options:
     limit: int | None = None  # examples a task, where the suite has more
     force: bool = False  # repeat what is there
     keep_export: bool = False
+    datasets: Path | None = None  # a mirror of the data sets; None: the hub or its cache
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,15 @@ class _Job:
     @property
     def corpus(self) -> str | None:
         return self.options.corpus or (self.settings.data.sources[0].path if self.settings else None)
+
+    @property
+    def cache(self) -> str | None:
+        return self.settings.data.cache if self.settings and self.options.corpus is None else None
+
+    @property
+    def trained_length(self) -> int | None:
+        """Of a run from scratch: positions beyond it were never seen."""
+        return self.settings.data.sequence_length if self.settings and self.settings.model.config is not None else None
 
     def identity(self, earlier: dict[str, Any] | None) -> dict[str, Any]:
         """What decides the scores. A checkpoint that was removed since is the one of the `earlier` results."""
@@ -89,6 +100,19 @@ class _Job:
         return hashlib.sha256(repr(described).encode()).hexdigest()
 
 
+@dataclass(frozen=True)
+class _Work:
+    """What every rank needs to know to take part."""
+
+    model: str  # as named
+    folder: str  # what transformers loads
+    tasks: list[SuiteTask]
+    corpus: str | None
+    cache: str | None
+    trained_length: int | None
+    options: Options
+
+
 def evaluation_folder(run_folder: Path, suite_name: str, step: int) -> Path:
     """Where the results of a run's checkpoint lie."""
     return run_folder / "evaluations" / suite_name / f"step-{step:08d}"
@@ -99,6 +123,7 @@ def evaluate_model(model: str, suite: str | Path, out: Path | None, options: Opt
 
     The scores of a run go into its TensorBoard files too. Tasks that fail are in `errors` while the others go on; a
     repetition runs only those that are missing. A second evaluation into the same folder waits for the first.
+    Collective: all ranks, where a launcher started several; those other than 0 return nothing.
 
     Args:
         model: RUN_FOLDER (newest good checkpoint), RUN_FOLDER@STEP, a Hugging Face folder, or a name on the hub.
@@ -109,18 +134,26 @@ def evaluate_model(model: str, suite: str | Path, out: Path | None, options: Opt
         ValueError: the suite, the model or `out` is not what it must be.
         RuntimeError: the checkpoint is damaged, or its export is not the model that was trained.
     """
-    job = _plan(model, load_suite(suite), out, options)
-    job.folder.mkdir(parents=True, exist_ok=True)
-    with _exclusive(job.folder):
-        (job.folder / FAILURE).unlink(missing_ok=True)
-        write_pending(job.folder, os.getpid())
-        try:
-            return _evaluate(job, chosen_folder=out is not None)
-        except Exception as error:
-            write_json(job.folder / FAILURE, {"time": time.time(), "error": f"{type(error).__name__}: {error}"})
-            raise
-        finally:
-            (job.folder / PENDING).unlink(missing_ok=True)
+    if evaluation_ranks.count() > 1:
+        evaluation_ranks.join(options.device)
+    with evaluation_ranks.one_leads() as tell:
+        if evaluation_ranks.rank() > 0:
+            work = tell(None)
+            if work is not None:
+                list(_work_through(work, {}))
+            return {}
+        job = _plan(model, load_suite(suite), out, options)
+        job.folder.mkdir(parents=True, exist_ok=True)
+        with _exclusive(job.folder):
+            (job.folder / FAILURE).unlink(missing_ok=True)
+            write_pending(job.folder, os.getpid())
+            try:
+                return _evaluate(job, tell, chosen_folder=out is not None)
+            except Exception as error:
+                write_json(job.folder / FAILURE, {"time": time.time(), "error": f"{type(error).__name__}: {error}"})
+                raise
+            finally:
+                (job.folder / PENDING).unlink(missing_ok=True)
 
 
 def _plan(model: str, suite: Suite, out: Path | None, options: Options) -> _Job:
@@ -147,25 +180,49 @@ def _exclusive(folder: Path) -> Iterator[None]:
         yield
 
 
-def _evaluate(job: _Job, *, chosen_folder: bool) -> dict[str, Any]:
+def _evaluate(job: _Job, tell: Callable[[Any], Any], *, chosen_folder: bool) -> dict[str, Any]:
     started = time.time()
     earlier = read_json(job.folder / RESULTS)
     identity = job.identity(earlier)
     scores = _reusable_scores(job, earlier, identity, chosen_folder=chosen_folder)
-    missing = [task for task in job.suite.tasks if task.task not in scores]
-    if earlier is not None and not missing:
+    if earlier is not None and all(task.task in scores for task in job.suite.tasks):
         print(f"{job.folder / RESULTS}: is there already; --force repeats it", flush=True)
         return earlier
+    examples = (read_json(job.folder / EXAMPLES) or {"tasks": {}})["tasks"]
+    examples = {task: values for task, values in examples.items() if task in scores}
+    partial = read_json(job.folder / PARTIAL)
+    if partial is not None and partial["identity"] == identity and not job.options.force:
+        scores, examples = scores | partial["results"], examples | partial["examples"]
+    missing = [task for task in job.suite.tasks if task.task not in scores]
     details: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory(prefix="evaluation-") as scratch:
-        cache = job.settings.data.cache if job.settings and job.options.corpus is None else None
-        loaded, errors = suites.load_tasks(missing, suites.Text(job.corpus, cache, Path(scratch)))
-        if loaded:
-            with _language_model(job) as (lm, details):
-                found, failures = suites.run_tasks(lm, missing, loaded, job.options.limit)
-            scores, errors = scores | found, errors | failures
+    errors: dict[str, str] = {}
+    with _model_folder(job) as folder:
+        work = _Work(job.model, folder, missing, job.corpus, job.cache, job.trained_length, job.options)
+        for task, found, of_task, error in _work_through(tell(work), details):
+            if error is not None:
+                errors[task] = error
+                continue
+            scores[task], examples[task] = found, of_task
+            done = {"identity": identity, "results": scores, "examples": examples}
+            write_json(job.folder / PARTIAL, done)  # what a kill leaves is not run again
+    results = _describe(job, identity, scores, errors, details) | {"time_s": time.time() - started}
+    if job.run is not None and job.step is not None:
+        _write_tensorboard(job.run, job.step, results)
+    write_json(job.folder / EXAMPLES, {"format_version": FORMAT_VERSION, "tasks": examples})
+    write_json(job.folder / RESULTS, results)
+    (job.folder / PARTIAL).unlink(missing_ok=True)
+    return results
+
+
+def _describe(
+    job: _Job,
+    identity: dict[str, Any],
+    scores: dict[str, dict[str, Any]],
+    errors: dict[str, str],
+    details: dict[str, Any],
+) -> dict[str, Any]:
     manifest = read_json(job.checkpoint / checkpoint.MANIFEST) if job.checkpoint else None
-    results = {
+    return {
         "format_version": FORMAT_VERSION,
         "model": job.model,
         "run": None if job.run is None else str(job.run),
@@ -177,12 +234,7 @@ def _evaluate(job: _Job, *, chosen_folder: bool) -> dict[str, Any]:
         "errors": errors,
         "versions": provenance.versions() | {name: metadata.version(name) for name in ("lm_eval", "datasets")},
         "settings": {"identity": identity, "corpus": job.corpus, "batch_size": job.options.batch_size, **details},
-        "time_s": time.time() - started,
     }
-    if job.run is not None and job.step is not None:
-        _write_tensorboard(job.run, job.step, results)
-    write_json(job.folder / RESULTS, results)
-    return results
 
 
 def _reusable_scores(
@@ -202,30 +254,61 @@ def _reusable_scores(
     return {}
 
 
-@contextlib.contextmanager
-def _language_model(job: _Job) -> Iterator[tuple[Any, dict[str, Any]]]:
-    """Yield lm-eval's view of the model and how it was set up."""
+def _work_through(
+    work: _Work, details: dict[str, Any]
+) -> Iterator[tuple[str, dict[str, Any], dict[str, Any], str | None]]:
+    """Run tasks and yield what `lm_tasks.run_tasks` does, after the tasks that cannot be loaded. Collective: all ranks.
+
+    `details` tells how the model was set up.
+    """
+    with tempfile.TemporaryDirectory(prefix="evaluation-") as scratch:
+        text = held_out.Text(work.corpus, work.cache, Path(scratch))
+        loaded, errors = lm_tasks.load_tasks(work.tasks, text, work.options.datasets)
+        errors = evaluation_ranks.union(errors)
+        yield from ((task, {}, {}, error) for task, error in errors.items())
+        able = {task: objects for task, objects in loaded.items() if task not in errors}
+        if able:
+            lm = _language_model(work, details)
+            yield from lm_tasks.run_tasks(lm, work.tasks, able, work.options.limit)
+
+
+def _language_model(work: _Work, details: dict[str, Any]) -> Any:
+    """Return lm-eval's view of the model.
+
+    Raises:
+        ValueError: it cannot be loaded, or its tokenizer has tokens that it has no embedding for.
+    """
     from lm_eval.models.huggingface import HFLM
 
-    with _model_folder(job) as folder:
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=False)
-        except (OSError, ValueError) as error:
-            raise ValueError(
-                f"--model: {job.model!r} cannot be loaded ({str(error).splitlines()[0][:300]}). A run, a Hugging Face "
-                "folder with a tokenizer, or a name where the hub can be reached is allowed. Correct it."
-            ) from None
-        device = job.options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        # From scratch, positions beyond the length of the training were never seen.
-        trained = job.settings.data.sequence_length if job.settings and job.settings.model.config is not None else None
-        lm = HFLM(
-            pretrained=model.eval().to(device),
-            tokenizer=tokenizer,
-            batch_size=job.options.batch_size,
-            max_length=trained,
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(work.folder, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(work.folder, dtype="auto", trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"--model: {work.model!r} cannot be loaded ({str(error).splitlines()[0][:300]}). A run, a Hugging Face "
+            "folder with a tokenizer, or a name where the hub can be reached is allowed. Correct it."
+        ) from None
+    largest, rows = max(tokenizer.get_vocab().values(), default=-1), int(model.get_input_embeddings().num_embeddings)  # type: ignore[arg-type]
+    if largest >= rows:
+        raise ValueError(
+            f"--model: the tokenizer of {work.model!r} has ids up to {largest}, its embedding {rows} rows. A tokenizer "
+            "whose every token has a row is needed. Put the one that the model was trained with beside it."
         )
-        yield lm, {"device": device, "precision": str(model.dtype).removeprefix("torch."), "max_length": lm.max_length}
+    device = evaluation_ranks.device(work.options.device)
+    lm = HFLM(
+        pretrained=model.eval().to(device),
+        tokenizer=tokenizer,
+        batch_size=work.options.batch_size,
+        max_length=work.trained_length,
+    )
+    evaluation_ranks.divide_examples(lm)
+    details |= {
+        "device": device.type,
+        "processes": evaluation_ranks.count(),
+        "precision": str(model.dtype).removeprefix("torch."),
+        "max_length": lm.max_length,
+    }
+    return lm
 
 
 @contextlib.contextmanager
@@ -264,7 +347,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     """Replace a file, whole or not at all."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     with open(temporary, "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=1)
+        json.dump(content, file, indent=None if path.name in (EXAMPLES, PARTIAL) else 1)
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)

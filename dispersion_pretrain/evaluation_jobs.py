@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 from dispersion_pretrain import checkpoint, export, heartbeat, slurm, suites
 from dispersion_pretrain.evaluate import (
+    EXAMPLES,
     FAILURE,
     PENDING,
     RESULTS,
@@ -184,6 +185,7 @@ def _remove_stale_results(run_folder: Path, step: int, folder: Path) -> None:
     current = export.checkpoint_hash(checkpoint.step_folder(run_folder, step))
     if earlier is not None and earlier["settings"]["identity"]["model"] != current:
         (folder / RESULTS).unlink()
+        (folder / EXAMPLES).unlink(missing_ok=True)
 
 
 def _job_environment(environment: dict[str, str]) -> dict[str, str]:

@@ -1,38 +1,39 @@
-"""Suites of lm-eval tasks: what an evaluation runs, how tasks are loaded, and their scores."""
+"""Suites of lm-eval tasks: what an evaluation runs, and the tables of its scores."""
 
 from __future__ import annotations
 
-import json
-import logging
-import os
-import urllib.error
-import urllib.request
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub.constants
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from transformers import AutoTokenizer
-
-from dispersion_pretrain.corpus import TokenCorpus, read_manifest, tokenizer_path
 
 _REPOSITORY = Path(__file__).resolve().parent.parent
-_BOOTSTRAP_DRAWS = 100  # for the standard error of metrics that have no closed form
-
-_log = logging.getLogger(__name__)
 
 
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+class Questions(_Section):
+    """Questions made of held-out text: which of several continuations is the one that stands there."""
+
+    number: int = Field(ge=1, description="at most; a short text gives fewer")
+    choices: int = Field(4, ge=2)
+    context_words: int = Field(ge=1, description="before the continuation")
+    continuation_words: int = Field(ge=1)
+
+
 class HeldOut(_Section):
-    """How much of the corpus' validation split a task reads, from its beginning."""
+    """How much of the corpus' validation split a task reads, from its beginning, and whether it asks about it.
+
+    Without `questions` the task's data are the documents, in a column `text`; with them `context`, `choices` (texts)
+    and `answer` (the true one's index).
+    """
 
     documents: int = Field(ge=1)
     tokens: int = Field(ge=2)
+    questions: Questions | None = None
 
 
 class SuiteTask(_Section):
@@ -68,15 +69,6 @@ class Suite(_Section):
         return self
 
 
-@dataclass(frozen=True)
-class Text:
-    """Where held-out text comes from; `corpus` is None where none was named."""
-
-    corpus: str | None
-    cache: str | None  # for the shards of a remote corpus
-    scratch: Path  # empty folder for files that nobody needs afterwards
-
-
 def suite_path(path: str | Path) -> Path:
     """Where a suite lies: as named, or beside the package."""
     return Path(path) if Path(path).exists() else _REPOSITORY / path
@@ -96,161 +88,6 @@ def load_suite(path: str | Path) -> Suite:
     except ValidationError as error:
         lines = [f"{path}: {'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors()]
         raise ValueError("\n".join(lines)) from None
-
-
-# ---- loading
-
-
-def load_tasks(tasks: list[SuiteTask], text: Text) -> tuple[dict[str, list[Any]], dict[str, str]]:
-    """Load tasks and their data.
-
-    Returns:
-        lm-eval's objects by task, for `run_task`;
-        one line by task that cannot be loaded, with what to do about it.
-    """
-    from_hub = any(task.held_out is None for task in tasks)
-    if from_hub:
-        _use_cache_without_hub()
-    from lm_eval.tasks import TaskManager
-
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its warnings are about our way of calling it
-    manager = TaskManager(include_defaults=from_hub)
-    loaded: dict[str, list[Any]] = {}
-    errors: dict[str, str] = {}
-    for task in tasks:
-        try:
-            found = manager.load([_text_task(task, text) if task.held_out else task.task])
-        except Exception as error:  # data sets run code of their own; the other tasks go on
-            what = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-            if task.held_out is not None:
-                errors[task.task] = f"{task.task}: its held-out text cannot be read ({what})."
-            else:
-                errors[task.task] = (
-                    f"{task.task}: its data set {task.dataset or ''} cannot be loaded ({what}). The Hugging Face hub, "
-                    "a mirror or a cache with it is needed. Set HF_ENDPOINT to a mirror, or HF_HOME to a cache that "
-                    "was filled where the hub can be reached."
-                )
-            continue
-        group = found.get("groups", {}).get(task.task)
-        loaded[task.task] = [group] if group is not None else list(found["tasks"].values())
-    return loaded, errors
-
-
-def held_out_texts(corpus: str, bounds: HeldOut, cache: str | None = None) -> list[str]:
-    """Decode the first documents of the corpus' validation split; the bound on tokens may cut the last one.
-
-    Raises:
-        ValueError, RuntimeError: the corpus cannot be read.
-    """
-    manifest = read_manifest(corpus)
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_path(manifest, cache), trust_remote_code=False)
-    sequences = TokenCorpus(manifest, "validation", cache)
-    documents: list[list[int]] = [[]]
-    for index in range(min(len(sequences), -(-bounds.tokens // manifest.sequence_length))):
-        left = bounds.tokens - index * manifest.sequence_length
-        for token in sequences[index][:left].tolist():
-            if token == manifest.eos_token_id:
-                documents.append([])
-            else:
-                documents[-1].append(token)
-        if len(documents) > bounds.documents:
-            break
-    texts = [tokenizer.decode(ids, clean_up_tokenization_spaces=False) for ids in documents[: bounds.documents]]
-    if len(documents) <= bounds.documents:
-        texts[-1] = texts[-1].rstrip("\ufffd")  # a cut may fall within a character
-    return [text for text in texts if text.strip()]
-
-
-def _text_task(task: SuiteTask, text: Text) -> dict[str, Any]:
-    """Write the held-out documents of a task of ours and return its lm-eval configuration."""
-    assert task.held_out is not None and task.config is not None
-    if text.corpus is None:
-        raise ValueError("--corpus: is missing. The model is no run, so its corpus must be named. Give --corpus")
-    cache = text.cache or (str(text.scratch / "corpus") if "://" in text.corpus else None)
-    path = (text.scratch / f"{task.task}.jsonl").resolve()
-    lines = [json.dumps({"text": document}) for document in held_out_texts(text.corpus, task.held_out, cache)]
-    path.write_text("\n".join(lines), encoding="utf-8")
-    return {
-        **task.config,
-        "task": task.task,
-        "dataset_kwargs": {
-            "data_files": {task.config["test_split"]: str(path)},
-            "cache_dir": str(text.scratch / "datasets"),
-        },
-        "metric_list": [{"metric": metric} for metric in task.metrics],
-    }
-
-
-def _use_cache_without_hub() -> None:
-    """Where the hub does not answer, look into the local cache at once, instead of 23 s of retries for each task."""
-    if huggingface_hub.constants.HF_HUB_OFFLINE:
-        return
-    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-    try:
-        urllib.request.urlopen(urllib.request.Request(endpoint, method="HEAD"), timeout=5).close()
-    except urllib.error.HTTPError:
-        return  # it answers, though not to this
-    except OSError:
-        os.environ["HF_HUB_OFFLINE"] = "1"  # read when `datasets` is imported
-        huggingface_hub.constants.HF_HUB_OFFLINE = True
-
-
-# ---- running
-
-
-def run_task(lm: Any, task: SuiteTask, objects: list[Any], limit: int | None) -> dict[str, Any]:
-    """Evaluate one loaded task; `limit` bounds its examples further.
-
-    Returns:
-        for each metric of the task its value and `<metric>_stderr` (None where lm-eval knows none), and `samples`.
-
-    Raises:
-        ValueError: lm-eval does not give such a metric.
-    """
-    from lm_eval.evaluator import simple_evaluate
-    from lm_eval.tasks import TaskManager
-
-    bounds = [bound for bound in (task.limit, limit) if bound is not None]
-    output: Any = simple_evaluate(
-        model=lm,
-        tasks=objects,
-        task_manager=TaskManager(include_defaults=False),  # the default one reads 14,000 files each time
-        num_fewshot=task.num_fewshot,
-        limit=min(bounds) if bounds else None,
-        log_samples=False,
-        bootstrap_iters=_BOOTSTRAP_DRAWS,
-    )
-    values = {key.partition(",")[0]: value for key, value in output["results"][task.task].items()}
-    absent = [metric for metric in task.metrics if metric not in values]
-    if absent:
-        known = sorted(key for key, value in values.items() if f"{key}_stderr" in values)
-        raise ValueError(
-            f"metrics: lm-eval gives no {', '.join(absent)}. It gives {', '.join(known)}. Correct the suite"
-        )
-    scores: dict[str, Any] = {}
-    for metric in task.metrics:
-        error = values.get(f"{metric}_stderr")
-        scores[metric] = float(values[metric])
-        scores[f"{metric}_stderr"] = float(error) if isinstance(error, int | float) else None
-    counts = {name: count["effective"] for name, count in output["n-samples"].items()}
-    scores["samples"] = int(counts.get(task.task, sum(counts.values())))  # a group's are those of its tasks
-    return scores
-
-
-def run_tasks(
-    lm: Any, tasks: list[SuiteTask], loaded: dict[str, list[Any]], limit: int | None
-) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
-    """Evaluate the tasks that are loaded; return scores and, for those that failed, one line each."""
-    scores: dict[str, dict[str, Any]] = {}
-    errors: dict[str, str] = {}
-    for task in (task for task in tasks if task.task in loaded):
-        try:
-            scores[task.task] = run_task(lm, task, loaded[task.task], limit)
-        except Exception as error:  # code of lm-eval and of its tasks; the other tasks go on
-            _log.exception("%s failed", task.task)
-            text = " ".join(str(error).split())[:300]
-            errors[task.task] = f"{task.task}: the evaluation failed ({type(error).__name__}: {text})."
-    return scores, errors
 
 
 def averages(suite: Suite, scores: dict[str, dict[str, Any]]) -> dict[str, float]:

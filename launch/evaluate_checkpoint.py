@@ -3,7 +3,7 @@
 
 python launch/evaluate_checkpoint.py --model runs/demo@100 --suite configs/eval/offline.yaml
 python launch/evaluate_checkpoint.py --watch runs/demo --suite configs/eval/offline.yaml   # as they are committed
-python launch/evaluate_checkpoint.py --model FOLDER_OR_HUB_NAME --suite configs/eval/paper.yaml --out results
+python launch/evaluate_checkpoint.py --model FOLDER_OR_HUB_NAME --suite configs/eval/paper.yaml --out DIR --processes 8
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import os
 import sys
 from pathlib import Path
 
+from dispersion_pretrain import evaluation_ranks
 from dispersion_pretrain.evaluate import Options, evaluate_model
 from dispersion_pretrain.evaluation_jobs import watch
 from dispersion_pretrain.suites import format_table
@@ -34,12 +35,24 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--suite", required=True, help="configs/eval/paper.yaml, configs/eval/offline.yaml or your own")
     parser.add_argument("--out", type=Path, help="folder; default for a run: RUN/evaluations/SUITE/step-XXXXXXXX")
     parser.add_argument("--corpus", help="held-out text of the offline suite; default: the run's own corpus")
+    parser.add_argument(
+        "--datasets", type=Path, metavar="DIR", help="data sets of launch/mirror_datasets.py, not the hub"
+    )
     parser.add_argument("--device", help="cpu, cuda, cuda:1; default: CUDA where there is one")
+    parser.add_argument("--processes", type=_positive, default=1, help="that share the examples, a GPU each")
     parser.add_argument("--batch-size", type=_batch_size, default=8, help="a number, or auto; default 8")
     parser.add_argument("--limit", type=_positive, help="examples a task, where the suite has more")
     parser.add_argument("--keep-export", action="store_true", help="keep the Hugging Face folder OUT/model of a run")
     parser.add_argument("--force", action="store_true", help="repeat what was evaluated before")
     options = vars(parser.parse_args(arguments))
+    if options["watch"] is not None and max(options["processes"], evaluation_ranks.count()) > 1:
+        parser.error("--processes: a run is watched by one process. Leave it out, or evaluate with --model.")
+    if (processes := options.pop("processes")) > 1 and evaluation_ranks.count() == 1:
+        try:
+            return evaluation_ranks.start(processes, main, sys.argv[1:] if arguments is None else arguments)
+        except RuntimeError as error:
+            print(error, file=sys.stderr)
+            return 1
     model, suite, out = options.pop("model"), options.pop("suite"), options.pop("out")
     watched, poll_s = options.pop("watch"), options.pop("poll")
     if watched is not None and out is not None:
@@ -52,6 +65,8 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, RuntimeError, OSError) as error:
         print(error, file=sys.stderr)
         return 1
+    if not results:  # the first process tells
+        return 0
     if results["results"]:
         print(format_table(results))
     for message in results["errors"].values():

@@ -29,6 +29,8 @@ TEXTS = [
     "[1, 2]",
     "Größe und Maß: 5 €.\nA second line, with  two spaces.\n",
     "Sphinx of black quartz, judge my vow! " * 3 + "End of it.",
+    " ".join("abcdefghij"[number**2 // 7 % 10] for number in range(150)),  # long enough to ask how it goes on, with
+    " ".join("klmnopqrst"[number**2 // 9 % 10] for number in range(150)),  # words so short that a context holds some
 ]
 
 

@@ -25,10 +25,11 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoTokenizer, PreTrainedModel
 
-from dispersion_pretrain import checkpoint, evaluate, evaluation_jobs, export, suites
+from dispersion_pretrain import checkpoint, evaluate, evaluation_jobs, export, held_out, lm_tasks, suites
 from dispersion_pretrain.evaluate import Options, evaluate_model
 from dispersion_pretrain.evaluation_jobs import pending_evaluations, start_evaluation_job
-from dispersion_pretrain.suites import HeldOut, Suite, averages, format_table, held_out_texts, load_suite
+from dispersion_pretrain.held_out import held_out_texts
+from dispersion_pretrain.suites import HeldOut, Suite, averages, format_table, load_suite
 from small_run import (
     SEQUENCE_LENGTH,
     TEXTS,
@@ -68,7 +69,7 @@ def evaluated(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> SimpleN
 def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fail when a model is loaded: what is there already must do."""
 
-    def refuse(job: object) -> None:
+    def refuse(*_: object) -> None:
         raise AssertionError("a model is loaded")
 
     monkeypatch.setattr(evaluate, "_language_model", refuse)
@@ -138,9 +139,9 @@ def test_results_say_what_was_evaluated(evaluated: SimpleNamespace) -> None:
         "errors": {},
     }
     assert {"lm_eval", "datasets", "torch", "transformers"} <= set(results["versions"])
-    assert sorted(path.name for path in evaluated.folder.iterdir()) == ["lock", "results.json"]
+    assert sorted(path.name for path in evaluated.folder.iterdir()) == ["examples.json", "lock", "results.json"]
     table = format_table(results).splitlines()
-    assert table[0].split() == ["task", "metric", "value", "stderr", "samples"] and len(table) == 4
+    assert table[0].split() == ["task", "metric", "value", "stderr", "samples"] and len(table) == 7
 
 
 def test_scores_are_in_tensorboard_at_the_step(evaluated: SimpleNamespace) -> None:
@@ -188,10 +189,11 @@ def test_what_would_give_other_scores_is_evaluated_again(
 ) -> None:
     value = 2.0
 
-    def scores(*_: object) -> Any:
-        return {"held_out_text": {"byte_perplexity": value, "byte_perplexity_stderr": None, "samples": 4}}, {}
+    def scores(lm: object, tasks: list[suites.SuiteTask], *_: object) -> Any:
+        found = {"byte_perplexity": value, "byte_perplexity_stderr": None, "acc": value, "samples": 4}
+        return [(task.task, found, {}, None) for task in tasks]
 
-    monkeypatch.setattr(suites, "run_tasks", scores)
+    monkeypatch.setattr(lm_tasks, "run_tasks", scores)
     evaluate_model(f"{run}@10", OFFLINE, None, Options())
     suite, options = OFFLINE, Options()
     if change == "force":
@@ -246,7 +248,7 @@ def test_a_task_without_its_data_fails_in_one_line_and_the_others_go_on(
     tree = yaml.safe_load(Path(OFFLINE).read_text())
     known = {"task": "arc_easy", "dataset": "allenai/ai2_arc", "num_fewshot": 1, "metrics": ["acc"]}
     unknown_metric = {**tree["tasks"][0], "task": "no_such_score", "metrics": ["byte_perplexity", "acc"]}
-    tree["tasks"] = [known, unknown_metric, *tree["tasks"]]
+    tree["tasks"] = [known, unknown_metric, tree["tasks"][0]]
     suite = tmp_path / "mixed.yaml"
     suite.write_text(yaml.safe_dump(tree))
     command = launch_script("evaluate_checkpoint")
@@ -264,7 +266,7 @@ def test_a_task_without_its_data_fails_in_one_line_and_the_others_go_on(
 
 def test_a_repetition_runs_only_what_is_missing(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tree = yaml.safe_load(Path(OFFLINE).read_text())
-    tree["tasks"].append({**tree["tasks"][0], "task": "second"})
+    tree["tasks"][1:] = [{**tree["tasks"][0], "task": "second"}]
     suite = tmp_path / "two.yaml"
     suite.write_text(yaml.safe_dump(tree))
     asked: list[list[str]] = []
@@ -272,9 +274,9 @@ def test_a_repetition_runs_only_what_is_missing(run: Path, tmp_path: Path, monke
     def first_task_only(lm: object, tasks: list[suites.SuiteTask], *_: object) -> Any:
         asked.append([task.task for task in tasks])
         scores = {"bits_per_byte": 1.0, "bits_per_byte_stderr": None, "samples": 4}
-        return {tasks[0].task: scores}, {task.task: "no" for task in tasks[1:]}
+        return [(tasks[0].task, scores, {}, None), *((task.task, {}, {}, "no") for task in tasks[1:])]
 
-    monkeypatch.setattr(suites, "run_tasks", first_task_only)
+    monkeypatch.setattr(lm_tasks, "run_tasks", first_task_only)
     assert list(evaluate_model(f"{run}@10", suite, None, Options())["errors"]) == ["second"]
     whole = evaluate_model(f"{run}@10", suite, None, Options())
     assert list(whole["results"]) == ["held_out_text", "second"] and whole["errors"] == {}
@@ -282,7 +284,7 @@ def test_a_repetition_runs_only_what_is_missing(run: Path, tmp_path: Path, monke
 
 
 def test_a_corpus_is_needed_for_held_out_text(tmp_path: Path) -> None:
-    loaded, errors = suites.load_tasks(load_suite(OFFLINE).tasks, suites.Text(None, None, tmp_path))
+    loaded, errors = lm_tasks.load_tasks(load_suite(OFFLINE).tasks, held_out.Text(None, None, tmp_path))
     assert loaded == {} and "--corpus: is missing" in errors["held_out_text"]
 
 
@@ -301,10 +303,10 @@ def test_an_unreachable_hub_is_not_asked_again(monkeypatch: pytest.MonkeyPatch) 
         monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
         answering = threading.Thread(target=server.handle_request)
         answering.start()
-        suites._use_cache_without_hub()
+        lm_tasks._use_cache_without_hub()
         answering.join()
     assert huggingface_hub.constants.HF_HUB_OFFLINE is False
-    suites._use_cache_without_hub()  # nobody listens there any more
+    lm_tasks._use_cache_without_hub()  # nobody listens there any more
     assert huggingface_hub.constants.HF_HUB_OFFLINE is True and os.environ["HF_HUB_OFFLINE"] == "1"
 
 

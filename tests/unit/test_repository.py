@@ -70,8 +70,15 @@ ALLOWED: dict[str, set[str]] = {
     "zero_gradients": set(),
     "engine": {"config", "heartbeat", "layout", "optim", "reshard", "zero_gradients"},
     "export": {"checkpoint", "config", "engine", "model", "settings_file"},
-    "suites": {"corpus"},
-    "evaluate": {"checkpoint", "config", "corpus", "export", "heartbeat", "provenance", "settings_file", "suites"},
+    "suites": set(),
+    "held_out": {"corpus", "suites"},
+    "dataset_mirror": {"suites"},
+    "evaluation_ranks": set(),
+    "lm_tasks": {"dataset_mirror", "evaluation_ranks", "held_out", "suites"},
+    "evaluate": {
+        "checkpoint", "config", "corpus", "evaluation_ranks", "export", "heartbeat", "held_out", "lm_tasks",
+        "provenance", "settings_file", "suites",
+    },
     "evaluation_jobs": {
         "checkpoint", "evaluate", "export", "heartbeat", "settings_file", "slurm", "slurm_script", "suites",
     },
@@ -118,8 +125,8 @@ ALLOWED: dict[str, set[str]] = {
 # Only these modules may import the library at all, or (second set) only inside a function, where it is needed.
 CONFINED: dict[str, tuple[set[str], set[str]]] = {
     "deepspeed": ({"engine"}, set()),
-    "lm_eval": (set(), {"evaluate", "suites"}),
     "matplotlib": ({"condensation_pictures", "figures", "plan_picture"}, set()),
+    "lm_eval": (set(), {"dataset_mirror", "evaluate", "lm_tasks"}),
 }
 
 MAXIMUM_LINES = 500  # the aim is 400

@@ -62,7 +62,7 @@ def print_tables(members: Sequence[Member], console: Console | None = None) -> N
         result, name = member.condensation, Text(member.name)
         counts = (member.parameters, len(result.mean_cosine) - 1, result.num_texts)
         correlations = (f"{result.spearman:.3f}", f"{result.kendall:.3f}")
-        family.add_row(name, *(f"{count:,}" for count in counts), *correlations, f"{result.effective_rank[-1]:.1f}")
+        family.add_row(name, *(f"{count:,}" for count in counts), *correlations, f"{result.effective_rank[-1]:.2f}")
         means.add_row(name, *(f"{mean:.4f}" for mean in (result.last_half, *result.last_k)))
     console.print(family)
     console.print(means)
@@ -73,7 +73,7 @@ def print_tables(members: Sequence[Member], console: Console | None = None) -> N
         result = member.condensation
         for layer, mean in enumerate(result.mean_cosine):
             cosines = (f"{cosine:.4f}" for cosine in (mean, *result.quantiles[layer]))
-            layers.add_row(str(layer), *cosines, f"{result.effective_rank[layer]:.1f}")
+            layers.add_row(str(layer), *cosines, f"{result.effective_rank[layer]:.2f}")
         console.print(layers)
     correlation = trend(members)
     if correlation is not None:

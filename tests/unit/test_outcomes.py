@@ -31,6 +31,8 @@ from report_runs import (
     write_scores,
 )
 
+BOTH = (("base", None), ("spread", DISPERSION))
+
 
 def outcome(folders: list[Path]) -> tuple[Report, SuiteOutcome]:
     compiled = compile_report(folders)
@@ -157,10 +159,20 @@ def test_an_effect_is_significant_and_ranked(tmp_path: Path) -> None:
 
 
 def test_the_average_has_fixed_tasks_whose_examples_are_drawn(tmp_path: Path) -> None:
-    """Its variance is that of independent tasks: the mean of their variances over the number of tasks."""
-    _, suite = outcome(two_arms(tmp_path, 0.02, seeds=(0,)))
-    errors = [line.cells[1].difference.standard_error for line in suite.lines if line.cells[1].difference]
-    assert errors[-1] == pytest.approx(math.sqrt(sum(error**2 for error in errors[:-1])) / len(TASKS), rel=0.1)
+    """Its variance is that of independent tasks, though these have the same answers: their mean variance over four."""
+    folders = [make_run(tmp_path / name, settings=seeded(name, 0, dispersion=section)) for name, section in BOTH]
+    for arm, folder in enumerate(folders):
+        same = answers(300, 0.4, 0.02, 0, arm)
+        write_accuracies(folder, dict.fromkeys(TASKS[:4], same))
+    for basis in ("examples", "standard errors"):
+        _, suite = outcome(folders)
+        *tasks, average = [line.cells[1] for line in suite.lines]
+        assert average.basis == basis
+        errors = [cell.difference.standard_error for cell in tasks if cell.difference]
+        assert len(errors) == 4 and average.difference is not None
+        assert average.difference.standard_error == pytest.approx(np.mean(errors) / 2, rel=0.1)
+        if basis == "examples":
+            next(folders[1].rglob("examples.json")).unlink()
 
 
 def test_examples_are_paired_by_key_in_whatever_order(tmp_path: Path) -> None:
@@ -270,10 +282,7 @@ def test_perplexities_are_lower_when_better_and_suites_are_apart(tmp_path: Path)
 
 
 def test_scores_at_unequal_steps_are_warned_of(tmp_path: Path) -> None:
-    folders = [
-        make_run(tmp_path / name, settings=seeded(name, 0, dispersion=s))
-        for name, s in (("a", None), ("b", DISPERSION))
-    ]
+    folders = [make_run(tmp_path / name, settings=seeded(name, 0, dispersion=section)) for name, section in BOTH]
     for folder, step in zip(folders, (20, 40), strict=True):
         write_scores(folder, step, 0.5)
     _, suite = outcome(folders)

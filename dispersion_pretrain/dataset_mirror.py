@@ -19,6 +19,7 @@ from typing import Any
 
 import yaml
 
+from dispersion_pretrain.condensation_texts import DATASETS
 from dispersion_pretrain.suites import SuiteTask
 
 FORMAT_VERSION = 1
@@ -41,13 +42,7 @@ class Part:
 
 
 # What the condensation of published models is measured on.
-CONDENSATION = (
-    Part("Salesforce/wikitext", "wikitext-103-raw-v1", "train"),
-    Part("Salesforce/wikitext", "wikitext-103-raw-v1", "test"),
-    Part("qiaojin/PubMedQA", "pqa_labeled", "train"),
-    Part("stanfordnlp/imdb", None, "train"),
-    Part("rajpurkar/squad", None, "train"),
-)
+CONDENSATION = tuple(Part(each.hub_name, each.config, "train") for each in DATASETS.values())
 
 
 @functools.cache

@@ -36,8 +36,6 @@ def main() -> None:
             _make_teacher()
         for seed in arm.seeds:
             _train(arm, seed)
-    for arm in arms:
-        for seed in arm.seeds:
             _evaluate(str(arm.run_folder(seed)))
     corpus = load_settings(experiments.SMOLLM2_CONFIG).data.sources[0].path
     _evaluate(str(experiments.SMOLLM2), "--corpus", corpus, "--out", str(experiments.UNTOUCHED))

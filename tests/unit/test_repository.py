@@ -72,7 +72,7 @@ ALLOWED: dict[str, set[str]] = {
     "export": {"checkpoint", "config", "engine", "model", "settings_file"},
     "suites": set(),
     "held_out": {"corpus", "suites"},
-    "dataset_mirror": {"suites"},
+    "dataset_mirror": {"condensation_texts", "suites"},
     "evaluation_ranks": set(),
     "lm_tasks": {"dataset_mirror", "evaluation_ranks", "held_out", "suites"},
     "evaluate": {

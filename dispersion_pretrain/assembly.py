@@ -27,7 +27,7 @@ from dispersion_pretrain.data import Batch, BatchStream
 from dispersion_pretrain.dispersion import checked_variant
 from dispersion_pretrain.engine import DeepSpeedEngine, sharded_for_inference
 from dispersion_pretrain.faults import FaultWatch
-from dispersion_pretrain.layout import BatchLayout
+from dispersion_pretrain.layout import BatchLayout, legal_micro_batches
 from dispersion_pretrain.model import ModelSize, build_model, has_bare_head, model_config, model_size
 from dispersion_pretrain.objective import DispersionTerm, GradientRatioCap, StepContext, TrainingModule, options_of
 
@@ -180,6 +180,7 @@ class Plan:
             *(self.corpora.describe(tokens) if self.corpora is not None else [f"corpus       {paths}: not read"]),
             f"step         {training.global_batch_tokens:,} tokens = {sequences:,} sequences = {layout.world_size} "
             f"ranks x {layout.micro_batch} micro-batch x {layout.accumulation} accumulation",
+            *self._describe_finder(settings),
             f"run          {settings.num_steps:,} steps, {tokens:,} tokens, into {settings.run_folder}",
             f"ZeRO         stage {settings.zero.stage}",
             *self._describe_head(settings),
@@ -210,6 +211,13 @@ class Plan:
         if changes:
             lines.append(f"             the coefficient {', '.join(changes)}")
         return "\n".join(lines)
+
+    def _describe_finder(self, settings: Settings) -> list[str]:
+        """What the micro-batch will be, where that is not known yet."""
+        if settings.training.micro_batch != "auto":
+            return []
+        legal = ", ".join(map(str, legal_micro_batches(settings, self.layout.world_size)))
+        return [f"             micro-batch auto: the largest that fits of {legal} is found before training"]
 
     def _describe_head(self, settings: Settings) -> list[str]:
         """Why logits are held whole although the settings want pieces; nothing where they are not."""
@@ -296,19 +304,7 @@ def assemble(settings: Settings, device: torch.device) -> RunParts:
     plan = Plan.make(settings, distributed.world_size())
     assert plan.corpora is not None
     corpora = Corpora(plan.corpora, settings.run.seed)
-    distillation = None
-    if plan.teacher is not None:  # before anything is seeded: reading it leaves no trace in the random numbers
-        distillation = _distillation(settings, plan, device)
-    distributed.seed_everything(settings.run.seed)  # every rank builds the same weights
-    model = build_model(settings.model, plan.hub_config)
-    term = dispersion_term(settings, plan.layout, plan.layers)
-    noise = None
-    if settings.noisy_embeddings is not None:
-        noise = NoisyEmbeddings(settings.noisy_embeddings, seed=settings.run.seed)
-    module = TrainingModule(model, term, noise=noise, distillation=distillation)
-    engine = DeepSpeedEngine(module, settings, plan.layout)
-    engine.train()
-    distributed.seed_dropout(settings.run.seed)
+    engine, term = build_engine(settings, plan, device)
     return RunParts(
         settings=settings,
         device=device,
@@ -322,6 +318,27 @@ def assemble(settings: Settings, device: torch.device) -> RunParts:
         teacher=plan.teacher,
         faults=FaultWatch(settings.faults, settings.global_batch_sequences),
     )
+
+
+def build_engine(settings: Settings, plan: Plan, device: torch.device) -> tuple[DeepSpeedEngine, DispersionTerm | None]:
+    """Build the model of a plan with its objective in an engine, in training mode, and seed dropout.
+
+    Collective: world.
+    """
+    distillation = None
+    if plan.teacher is not None:  # before anything is seeded: reading it leaves no trace in the random numbers
+        distillation = _distillation(settings, plan, device)
+    distributed.seed_everything(settings.run.seed)  # every rank builds the same weights
+    model = build_model(settings.model, plan.hub_config)
+    term = dispersion_term(settings, plan.layout, plan.layers)
+    noise = None
+    if settings.noisy_embeddings is not None:
+        noise = NoisyEmbeddings(settings.noisy_embeddings, seed=settings.run.seed)
+    module = TrainingModule(model, term, noise=noise, distillation=distillation)
+    engine = DeepSpeedEngine(module, settings, plan.layout)
+    engine.train()
+    distributed.seed_dropout(settings.run.seed)
+    return engine, term
 
 
 def _distillation(settings: Settings, plan: Plan, device: torch.device) -> Distillation:

@@ -166,7 +166,10 @@ class TrainingSettings(_Section):
     max_tokens: int = Field(
         ge=2, description="tokens of the whole run; the run has ceil(max_tokens / global_batch_tokens) steps"
     )
-    micro_batch: int | None = Field(None, ge=1, description="sequences a rank and micro-step; null: derived")
+    micro_batch: Annotated[int, Field(ge=1)] | Literal["auto"] | None = Field(
+        None,
+        description="sequences a rank and micro-step; null: derived; auto: the most that fit the memory, tried out",
+    )
 
 
 class OptimizerSettings(_Section):

@@ -31,6 +31,7 @@ class StepHealth(NamedTuple):
 
     loss: float  # the step's objective: the mean over ranks and micro-steps
     broken: str = ""  # what is not finite, in words; empty when all is well
+    stopping: bool = False  # some rank wishes to stop after this step
 
 
 NUM_SUMS = len(_TERMS)  # besides one for each layer of the dispersion term
@@ -52,20 +53,24 @@ def examine(
     gradient_square: Tensor,
     context: StepContext,
     non_finite_gradients: Callable[[], list[str]],
+    wants_stop: bool = False,
 ) -> StepHealth:
-    """Look at the losses and gradients of a step before its update.
+    """Look at the losses and gradients of a step before its update, and at who wishes to stop after it.
 
     Args:
         sums: what `add_sums` added up over the micro-steps.
         gradient_square: this rank's part of the square of the gradient norm.
         non_finite_gradients: names parameters; a collective, called on all ranks if losses are finite and gradients
             are not.
+        wants_stop: whether this rank wishes to.
 
-    Collective: world, one all-reduce. Waits for the device.
+    Collective: world, one all-reduce. Waits for the device: the one time in a step that is not logged.
     """
     numbers = torch.cat([sums, gradient_square.to(sums.device).reshape(1)])
-    table = torch.cat([(~torch.isfinite(numbers)).double(), numbers[:1], numbers[-1:]])
-    *broken, loss, square = distributed.all_reduce_sum(table.to(distributed.collective_device())).tolist()
+    wish = torch.full_like(numbers[:1], float(wants_stop))
+    table = torch.cat([(~torch.isfinite(numbers)).double(), numbers[:1], numbers[-1:], wish])
+    *broken, loss, square, wishes = distributed.all_reduce_sum(table.to(distributed.collective_device())).tolist()
+    stopping = wishes > 0
     *of_losses, of_gradients = broken
     loss /= context.shares
     names = [name for name, count in zip(_TERMS, of_losses, strict=False) if count]
@@ -79,8 +84,8 @@ def examine(
         where = f"on {int(max(of_losses))} of {distributed.world_size()} ranks"
         return StepHealth(loss, f"{' and '.join(names)} {'are' if len(names) > 1 else 'is'} not finite {where}")
     if of_gradients or not square < _LARGEST_SQUARE:
-        return StepHealth(loss, _describe_gradients(non_finite_gradients()))
-    return StepHealth(loss)
+        return StepHealth(loss, _describe_gradients(non_finite_gradients()), stopping)
+    return StepHealth(loss, stopping=stopping)
 
 
 def _describe_gradients(parameters: list[str]) -> str:

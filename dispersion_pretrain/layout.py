@@ -25,7 +25,8 @@ class BatchLayout:
     def derive(cls, settings: Settings, world_size: int) -> BatchLayout:
         """The layout of `settings` on `world_size` ranks.
 
-        The derived micro-batch is the largest legal one of at most 16,384 tokens (or the smallest legal one).
+        The derived micro-batch is the largest legal one of at most 16,384 tokens (or the smallest legal one). It also
+        stands for `auto` until that is found (batch_finder.py).
 
         Raises:
             ValueError: the batch does not divide, or a pool would cross micro-steps; names the legal values.
@@ -53,7 +54,7 @@ class BatchLayout:
                 f"Use pool_sequences {_join(pools)}."
             )
         wanted = settings.training.micro_batch
-        if wanted is None:
+        if wanted is None or wanted == "auto":
             length = settings.data.sequence_length
             fitting = [n for n in legal if n * length <= _DERIVED_MICRO_BATCH_TOKENS]
             wanted = max(fitting) if fitting else min(legal)

@@ -5,6 +5,7 @@ Memory is derived (plan_memory.py); time rests on assumptions that stand in the 
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from functools import cached_property
@@ -48,7 +49,8 @@ class Planner:
     def __init__(self, settings: Settings, machine: Machine, *, nodes: int, gpus_per_node: int) -> None:
         """Check the settings for `nodes` x `gpus_per_node` ranks, as `--dry-run` does.
 
-        The corpora are read only where the model does not say its vocabulary.
+        A micro-batch of `auto` becomes the largest that fits by this plan. The corpora are read only where the model
+        does not say its vocabulary.
 
         Raises:
             ValueError: as `Plan.make`.
@@ -59,6 +61,10 @@ class Planner:
         self.plan = Plan.make(settings, self.world_size, read_corpora=not says_vocabulary)
         term = settings.dispersion
         self._layers = len(self.plan.layers) if term is not None and term.coefficient > 0 else 0
+        if settings.training.micro_batch == "auto":
+            self.settings = self._with_micro_batch(self.largest_that_fits() or self.plan.layout.micro_batch)
+            layout = BatchLayout.derive(self.settings, self.world_size)
+            self.plan = dataclasses.replace(self.plan, layout=layout)
 
     @cached_property
     def trace(self) -> MicroStep:

@@ -167,6 +167,8 @@ def _explain(fault: Any, root: type[BaseModel]) -> str:
 
 
 _UNION_TAGS = {
+    "constrained-int",
+    "literal['auto']",
     "literal['all','last','early_half','late_half']",
     "list[int]",
     "function-after[_has_pairs(), DispersionSettings]",

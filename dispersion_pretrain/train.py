@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import torch
@@ -50,8 +50,12 @@ def train_step(
     context: StepContext,
     totals: metrics.StepTotals,
     device: torch.device,
+    wants_stop: Callable[[], bool] = lambda: False,
 ) -> StepHealth:
     """One optimizer step: every micro-batch forward and backward, one look at the numbers, one update at the end.
+
+    Args:
+        wants_stop: whether this rank wishes to stop after the step; asked at the look.
 
     Returns:
         What the look found. Where a loss or gradient is not finite on some rank, no rank makes an update, and the step
@@ -77,7 +81,7 @@ def train_step(
         if micro_step < micro_steps - 1:
             engine.step()
     heartbeat.mark("check for numbers that are not finite")
-    health = examine(sums, engine.gradient_square(), context, engine.non_finite_gradients)
+    health = examine(sums, engine.gradient_square(), context, engine.non_finite_gradients, wants_stop())
     if health.broken:
         engine.skip_step()
         return health
@@ -148,7 +152,7 @@ def run_alone(settings: Settings, watchdog: Watchdog, stop: Stopping, device: to
         parts.forget_embeddings(step)
         context = parts.context(step)
         certificate.begin_step()
-        health = train_step(parts.engine, batches, context, parts.totals, device)
+        health = train_step(parts.engine, batches, context, parts.totals, device, stop.requested)
         if parts.gradient_cap is not None:
             parts.gradient_cap.end_step(context.coefficient)
         step += 1
@@ -169,9 +173,7 @@ def run_alone(settings: Settings, watchdog: Watchdog, stop: Stopping, device: to
             tell(parts, writer, step, verdict)
             continue
         tell(parts, writer, step, verdict)
-        heartbeat.mark("agreement on stopping")
-        stopping = distributed.any_rank(stop.requested())
-        ending = stopping or step == settings.num_steps
+        ending = health.stopping or step == settings.num_steps
 
         logging = ending or step % settings.logging.every_steps == 0
         saving = step > last_save_step and (ending or save_due(settings, step, last_save_time))
@@ -196,7 +198,7 @@ def run_alone(settings: Settings, watchdog: Watchdog, stop: Stopping, device: to
             if saved.error is None:
                 stop.saved(stall_s + saved.write_s)
             report_save(parts, writer, saves, saved)
-        if stopping:
+        if health.stopping:
             break
 
     heartbeat.mark("ending")

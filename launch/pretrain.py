@@ -82,6 +82,7 @@ def main() -> int:
 
 def train(settings: Settings, resume: str) -> int:
     """Run to the end of training or of this start, watched; return the exit code."""
+    from dispersion_pretrain.batch_finder import settle_micro_batch
     from dispersion_pretrain.crash_loop import CrashLoopError
     from dispersion_pretrain.doctor import refuse_wrong_gradients
     from dispersion_pretrain.train import run
@@ -91,6 +92,7 @@ def train(settings: Settings, resume: str) -> int:
     watchdog = Watchdog(settings.faults.hang_s, rank=rank, world_size=world_size)
     code, reason = exit_codes.FAILED, ""
     try:
+        settings = settle_micro_batch(settings)
         if settings.run.doctor:
             refuse_wrong_gradients(settings)
         code = run(settings, watchdog, resume=resume)

@@ -105,6 +105,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"zero.stage": 4}, r"zero\.stage: 4 is not allowed.*0, 1, 2 or 3"),
     ({"model.precision": "fp16"}, r"model\.precision: 'fp16' is not allowed.*'float32' or 'bf16'"),
     ({"training.micro_batch": 0}, r"training\.micro_batch: 0 is not allowed"),
+    ({"training.micro_batch": "most"}, r"training\.micro_batch: 'most' is not allowed.*'auto'"),
     # what does not fit together
     ({"model.pretrained": "gpt2"}, r"model\.config and pretrained: exactly one"),
     ({"model": {}}, r"model\.config and pretrained: exactly one"),

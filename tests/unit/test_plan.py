@@ -248,6 +248,16 @@ class TestPlanner:
             assert plan.largest_that_fits() == expected
         assert "No legal micro-batch fits" in describe(plan)
 
+    def test_a_micro_batch_that_a_run_will_find_is_the_largest_that_fits(self) -> None:
+        room: dict[str, Any] = {"gpus": 1, "memory_gib": 1.0, "reserved_gib": 0.0, "margin": 0.0}
+        changes: dict[str, Any] = {"zero__overrides": {"zero_optimization": {"reduce_bucket_size": 1000}}}
+        plan = planner(small(**changes), **room)
+        sizes = {grid.layout.micro_batch: plan.device_bytes(grid.memory) for grid in plan.grids()}
+        room["memory_gib"] = (sizes[8] - 1) / 2**30
+        found = planner(small(**changes, training__micro_batch="auto"), **room)
+        assert (found.plan.layout.micro_batch, found.plan.layout.accumulation) == (4, 4)
+        assert found.chosen.fits and found.largest_that_fits() == 4
+
     def test_scaling_says_why_a_number_of_gpus_is_left_out(self) -> None:
         rows = dict(planner(small()).scaling())
         assert isinstance(rows[8], Estimate) and isinstance(rows[16], Estimate)

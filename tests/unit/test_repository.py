@@ -102,6 +102,13 @@ ALLOWED: dict[str, set[str]] = {
         "assembly", "config", "data", "distributed", "engine", "layout", "metrics", "model", "objective",
         "settings_file", "train",
     },
+    "memory_trial": {
+        "assembly", "config", "data", "distributed", "engine", "metrics", "objective", "train",
+    },
+    "batch_finder": {
+        "assembly", "config", "distributed", "engine", "heartbeat", "launcher", "layout", "memory_trial", "provenance",
+        "run_lock",
+    },
     "machine": {"assembly", "config", "distributed", "engine", "provenance"},
     "run_folder": {"condensation", "metrics"},
     "arms": {"run_folder"},

@@ -141,7 +141,7 @@ def test_results_say_what_was_evaluated(evaluated: SimpleNamespace) -> None:
     assert {"lm_eval", "datasets", "torch", "transformers"} <= set(results["versions"])
     assert sorted(path.name for path in evaluated.folder.iterdir()) == ["examples.json", "lock", "results.json"]
     table = format_table(results).splitlines()
-    assert table[0].split() == ["task", "metric", "value", "stderr", "samples"] and len(table) == 7
+    assert table[0].split() == ["task", "metric", "value", "stderr", "samples"] and len(table) == 8
 
 
 def test_scores_are_in_tensorboard_at_the_step(evaluated: SimpleNamespace) -> None:

@@ -21,8 +21,8 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # start whole runs and wait for them, come first.
 SIDE_BY_SIDE := -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help setup corpus demo test test-cluster test-browser test-container test-gpu lint bench chaos evidence clean
-.PHONY: paper-gpt2 paper-qwen3 paper-width paper-pretraining paper-families
+.PHONY: help setup corpus demo test test-cluster test-browser test-container test-gpu lint bench profile chaos evidence
+.PHONY: clean paper-gpt2 paper-qwen3 paper-width paper-pretraining paper-families
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -100,6 +100,14 @@ bench: setup $(PEER) ## print the tables of tests/benchmarks (minutes; no result
 	@for benchmark in tests/benchmarks/bench_*.py; do \
 		echo "== $$benchmark"; PYTHONPATH=.:tests python "$$benchmark"; \
 	done
+
+# CONFIG and SETTINGS profile another run: make profile CONFIG=configs/x.yaml SETTINGS='training.max_tokens=...'.
+CONFIG ?= configs/demo.yaml
+SETTINGS ?= training.max_tokens=102400 schedule.warmup_tokens=0 evaluation.every=null checkpoint.every_steps=null
+profile: corpus ## train a few steps of the demo and print where their time goes; a trace for Perfetto or TensorBoard
+	$(CLEAR_LOCKS)
+	@rm -rf runs/profile
+	deepspeed launch/pretrain.py --config $(CONFIG) run.name=profile run.folder=runs/profile profiling.steps=5 $(SETTINGS)
 
 # CHAOS_SEED=... repeats the kills of a run that printed it.
 chaos: setup ## kill a run at 50 random moments and at every write of a save, and print what came of it (half an hour)

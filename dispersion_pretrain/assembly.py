@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PretrainedConfig
 
 from dispersion_pretrain import distributed, metrics, optim
@@ -48,6 +49,12 @@ class RunParts:
     teacher: TeacherPlan | None  # of distillation
     faults: FaultWatch
     totals: metrics.StepTotals = field(default_factory=metrics.StepTotals)
+
+    def watched_modules(self) -> list[tuple[str, nn.Module]]:
+        """What of a forward pass a profile shows by itself."""
+        module: Any = self.engine.module
+        parts = [("loss head", module.model.get_output_embeddings()), ("dispersion", module.dispersion)]
+        return [(name, part) for name, part in parts if part is not None]
 
     def tokens(self, step: int) -> int:
         """Tokens seen after `step` steps."""

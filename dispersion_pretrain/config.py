@@ -366,6 +366,11 @@ class LoggingSettings(_Section):
     every_steps: int = Field(10, ge=1)
 
 
+class ProfilingSettings(_Section):
+    first_step: int = Field(10, ge=1, description="0-based; compilation and warm-up should lie before it")
+    steps: int = Field(5, ge=1, description="that are timed phase by phase; as many after them are traced")
+
+
 class EvaluationSettings(_Section):
     every: int | None = Field(
         None, ge=1, description="steps between evaluation jobs, a multiple of checkpoint.every_steps; null: none"
@@ -402,6 +407,7 @@ class Settings(_Section):
     checkpoint: CheckpointSettings = CheckpointSettings()
     faults: FaultSettings = FaultSettings()
     logging: LoggingSettings = LoggingSettings()
+    profiling: ProfilingSettings | None = None
     evaluation: EvaluationSettings = EvaluationSettings()
 
     @model_validator(mode="after")
@@ -454,6 +460,13 @@ class Settings(_Section):
                 f"dispersion.tokens_per_sequence: {term.tokens_per_sequence} of a sequence of {length} "
                 "tokens. "
                 f"At most data.sequence_length are allowed. Use {length} or fewer."
+            )
+        watched = self.profiling
+        if watched is not None and watched.first_step + 2 * watched.steps > self.num_steps:
+            last = watched.first_step + 2 * watched.steps - 1
+            raise ValueError(
+                f"profiling: steps {watched.first_step} to {last} are watched, but the run has {self.num_steps}, from "
+                "0. They must lie within. Lower first_step or steps."
             )
         every, saved = self.evaluation.every, self.checkpoint.every_steps
         if every is not None and (saved is None or every % saved):

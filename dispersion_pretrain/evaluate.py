@@ -43,6 +43,7 @@ class Options:
     device: str | None = None  # None: CUDA where there is one, else the CPU
     batch_size: int | str = 8  # or "auto"
     limit: int | None = None  # examples a task, where the suite has more
+    max_length: int | None = None  # tokens of context; None: those of a run from scratch, else the model's own
     force: bool = False  # repeat what is there
     keep_export: bool = False
     datasets: Path | None = None  # a mirror of the data sets; None: the hub or its cache
@@ -88,6 +89,7 @@ class _Job:
             "limit": self.options.limit,
             "corpus_sha256": read_manifest(self.corpus).sha256 if held_out and self.corpus else None,
             "lm_eval": metadata.version("lm_eval"),
+            **({} if self.options.max_length is None else {"max_length": self.options.max_length}),
         }
 
     def _model_identity(self) -> str:
@@ -294,12 +296,19 @@ def _language_model(work: _Work, details: dict[str, Any]) -> Any:
             f"--model: the tokenizer of {work.model!r} has ids up to {largest}, its embedding {rows} rows. A tokenizer "
             "whose every token has a row is needed. Put the one that the model was trained with beside it."
         )
+    positions = getattr(model.config, "max_position_embeddings", None)
+    wanted = work.options.max_length
+    if wanted is not None and positions is not None and wanted > positions:
+        raise ValueError(
+            f"--max-length: {wanted}, but {work.model!r} has {positions} positions. At most that many are allowed. "
+            "Lower it."
+        )
     device = evaluation_ranks.device(work.options.device)
     lm = HFLM(
         pretrained=model.eval().to(device),
         tokenizer=tokenizer,
         batch_size=work.options.batch_size,
-        max_length=work.trained_length,
+        max_length=wanted or work.trained_length,
     )
     evaluation_ranks.divide_examples(lm)
     details |= {

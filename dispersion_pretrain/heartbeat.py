@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,7 @@ LONG = 4.0  # patience with a phase that may rightly take long: starting, loadin
 class Now:
     """This process's marks. The watchdog's thread reads them while they change, which does no harm."""
 
-    __slots__ = ("marks", "marks_before_step", "micro_step", "patience", "phase", "step")
+    __slots__ = ("marks", "marks_before_step", "micro_step", "observer", "patience", "phase", "step")
 
     def __init__(self) -> None:
         self.phase = "starting"
@@ -31,6 +31,7 @@ class Now:
         self.micro_step = 0
         self.marks = 0
         self.marks_before_step = 0
+        self.observer: Callable[[str], None] | None = None  # is told of each mark (profiling.py)
 
 
 now = Now()
@@ -40,6 +41,8 @@ def mark(phase: str, patience: float = 1.0) -> None:
     """Say what begins now; `patience` times faults.hang_s without a further mark is a hang."""
     now.phase, now.patience = phase, patience
     now.marks += 1
+    if now.observer is not None:
+        now.observer(phase)
 
 
 def begin_step(step: int) -> None:

@@ -24,6 +24,7 @@ from dispersion_pretrain.evaluation_jobs import finish_submissions, start_evalua
 from dispersion_pretrain.faults import NUM_SUMS, StepHealth, Verdict, add_sums, examine
 from dispersion_pretrain.launcher import Launcher
 from dispersion_pretrain.objective import EvaluationOutputs, LossTerms, StepContext
+from dispersion_pretrain.profiling import StepProfiler
 from dispersion_pretrain.replicas import check_replicas
 from dispersion_pretrain.resume import open_saves, prepare_run_folder, resume_run, roll_back_run, save_run
 from dispersion_pretrain.run_lock import only_start
@@ -143,11 +144,14 @@ def run_alone(settings: Settings, watchdog: Watchdog, stop: Stopping, device: to
     writer = open_writer(parts, step)
     batches, meter = parts.batches(step), ThroughputMeter(step)
     last_save_step, last_save_time, stall_s = step, time.monotonic(), 0.0
+    watched = settings.profiling if distributed.is_main() else None
+    profiler = StepProfiler(watched, settings.run_folder, device, parts.watched_modules())
     if step == 0:
         with meter.pause():
             measure(parts, writer, step, everything=True)
 
     while step < settings.num_steps:
+        profiler.reach(step)
         parts.engine.set_learning_rate(parts.learning_rate(step))
         parts.forget_embeddings(step)
         context = parts.context(step)
@@ -202,6 +206,7 @@ def run_alone(settings: Settings, watchdog: Watchdog, stop: Stopping, device: to
             break
 
     heartbeat.mark("ending")
+    profiler.close()
     batches.close()
     writer.close()
     finish_submissions()

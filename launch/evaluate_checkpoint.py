@@ -41,6 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", help="cpu, cuda, cuda:1; default: CUDA where there is one")
     parser.add_argument("--processes", type=_positive, default=1, help="that share the examples, a GPU each")
     parser.add_argument("--batch-size", type=_batch_size, default=8, help="a number, or auto; default 8")
+    parser.add_argument("--max-length", type=_positive, help="tokens of context; default: of a run, its training's")
     parser.add_argument("--limit", type=_positive, help="examples a task, where the suite has more")
     parser.add_argument("--keep-export", action="store_true", help="keep the Hugging Face folder OUT/model of a run")
     parser.add_argument("--force", action="store_true", help="repeat what was evaluated before")

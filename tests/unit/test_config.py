@@ -444,7 +444,10 @@ KEYS = st.sampled_from(NAMES) | st.text(max_size=6) | st.integers(0, 3)
 VALUES = st.recursive(
     SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=4), max_leaves=8
 )
-OPTIONAL = {"condensation": {}, "noisy_embeddings": {}, "active_forgetting": {}, "distillation": {"teacher": "x"}}
+OPTIONAL = {
+    "condensation": {}, "noisy_embeddings": {}, "active_forgetting": {}, "distillation": {"teacher": "x"},
+    "profiling": {"first_step": 1, "steps": 1},
+}  # fmt: skip
 PATHS = [(section, key) for section, fields in settings_with(**OPTIONAL).model_dump().items() for key in fields]
 
 

@@ -183,7 +183,7 @@ def test_whole_results_are_reused_also_without_the_checkpoint(
         folder.with_name("elsewhere").rename(folder)
 
 
-@pytest.mark.parametrize("change", ["force", "limit", "suite", "checkpoint"])
+@pytest.mark.parametrize("change", ["force", "limit", "length", "suite", "checkpoint"])
 def test_what_would_give_other_scores_is_evaluated_again(
     run: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
 ) -> None:
@@ -200,6 +200,8 @@ def test_what_would_give_other_scores_is_evaluated_again(
         options = Options(force=True)
     elif change == "limit":
         options = Options(limit=3)
+    elif change == "length":
+        options = Options(max_length=16)
     elif change == "suite":
         tree = yaml.safe_load(Path(OFFLINE).read_text())
         tree["tasks"][0]["held_out"]["tokens"] += 1

@@ -164,3 +164,14 @@ def test_held_out_text_without_words_is_an_error_of_its_task(model: Path, tmp_pa
     for task in ("held_out_text", "held_out_continuation"):
         assert f"{task}: its held-out text cannot be read" in results["errors"][task]
         assert "its held-out text is empty" in results["errors"][task]
+
+
+def test_a_context_of_ones_own_is_used_and_one_beyond_the_model_refused(run: Path, tmp_path: Path) -> None:
+    suite = tmp_path / "suite.yaml"
+    suite.write_text(yaml.safe_dump({"name": "text", "tasks": [TEXT]}))
+    found = {length: evaluate_model(str(run), suite, None, Options(max_length=length)) for length in (None, 8)}
+    assert [each["settings"]["max_length"] for each in found.values()] == [32, 8]
+    scores = [each["results"]["held_out_text"]["byte_perplexity"] for each in found.values()]
+    assert scores[0] != scores[1]
+    with pytest.raises(ValueError, match="--max-length: 65, but .* has 64 positions. At most that many are allowed"):
+        evaluate_model(str(run), suite, None, Options(max_length=65))

@@ -92,6 +92,7 @@ ALLOWED: dict[str, set[str]] = {
         "assembly", "certificate", "checkpoint", "config", "distributed", "evaluation_jobs", "export", "faults",
         "metrics", "provenance", "saving", "settings_file",
     },
+    "profiling": {"config", "heartbeat"},
     "train": {
         "assembly", "baselines", "certificate", "checkpoint", "condensation", "condensation_pictures", "config",
         "crash_loop", "data", "distributed", "engine", "evaluation_jobs", "exit_codes", "faults", "heartbeat",

@@ -27,6 +27,7 @@ class Arm:
     overrides: tuple[str, ...] = ()
     processes: int = 2
     seeds: tuple[int, ...] = SEEDS
+    examples: int = 100  # of each task; the suite has more
 
     def run_folder(self, seed: int) -> Path:
         """Where the run of a seed lies."""
@@ -57,9 +58,9 @@ DISPERSION = Arm("dispersion", SCRATCH_CONFIG, _OF_THE_PAPER)
 POOLED = Arm("pooled", SCRATCH_CONFIG, _term("pool_sequences=16", "tokens_per_sequence=32", "norm_epsilon=1e-2"))
 DISTILLED = Arm("distilled", SCRATCH_CONFIG, (f"distillation.teacher={TEACHER}",))
 TEACHER_RUN = Arm("teacher", SCRATCH_CONFIG, ("model.config.n_embd=256",), seeds=SEEDS[:1])
-# One process with both cores: two would hold the weights, 0.5 GB of float32, twice.
-SMOLLM2_BASELINE = Arm("smollm2-baseline", SMOLLM2_CONFIG, processes=1)
-SMOLLM2_DISPERSION = Arm("smollm2-dispersion", SMOLLM2_CONFIG, _OF_THE_PAPER, processes=1)
+# One process with both cores: two would hold the weights, 0.5 GB of float32, twice. 100 examples would take minutes.
+SMOLLM2_BASELINE = Arm("smollm2-baseline", SMOLLM2_CONFIG, processes=1, examples=40)
+SMOLLM2_DISPERSION = Arm("smollm2-dispersion", SMOLLM2_CONFIG, _OF_THE_PAPER, processes=1, examples=40)
 
 QUESTIONS = (
     Question("width", "Does condensation lessen with the width of the MLP?", (BASELINE, NARROW, WIDE)),

@@ -19,8 +19,7 @@ from evidence.experiments import Arm
 from evidence.smollm2 import fetch_smollm2
 
 SUITE = "configs/eval/offline.yaml"
-# Less than the suite and the model have: 135M parameters on 2 cores would take a quarter of an hour each time.
-BOUNDS = ("--limit", "100", "--max-length", "256")
+CONTEXT = 256  # tokens, as in training; SmolLM2 has 8,192 positions, too many for 2 cores
 
 
 def main() -> None:
@@ -37,9 +36,10 @@ def main() -> None:
             _make_teacher()
         for seed in arm.seeds:
             _train(arm, seed)
-            _evaluate(str(arm.run_folder(seed)))
+            _evaluate(str(arm.run_folder(seed)), arm.examples)
     corpus = load_settings(experiments.SMOLLM2_CONFIG).data.sources[0].path
-    _evaluate(str(experiments.SMOLLM2), "--corpus", corpus, "--out", str(experiments.UNTOUCHED))
+    examples = experiments.SMOLLM2_BASELINE.examples
+    _evaluate(str(experiments.SMOLLM2), examples, "--corpus", corpus, "--out", str(experiments.UNTOUCHED))
 
 
 def _make_teacher() -> None:
@@ -72,8 +72,9 @@ def _is_finished(arm: Arm, folder: Path) -> bool:
     return committed_steps(folder)[-1:] == [load_settings(arm.config, list(arm.overrides)).num_steps]
 
 
-def _evaluate(model: str, *more: str) -> None:
-    _run("launch/evaluate_checkpoint.py", "--model", model, "--suite", SUITE, *BOUNDS, *more)
+def _evaluate(model: str, examples: int, *more: str) -> None:
+    bounds = ["--limit", str(examples), "--max-length", str(CONTEXT)]
+    _run("launch/evaluate_checkpoint.py", "--model", model, "--suite", SUITE, *bounds, *more)
 
 
 def _run(script: str, *arguments: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ class Text:
     corpus: str | None
     cache: str | None  # for the shards of a remote corpus
     scratch: Path  # empty folder for files that nobody needs afterwards
+    context: int | None = None  # tokens that the model reads at once; None: enough for any answer
 
 
 def held_out_texts(corpus: str, bounds: HeldOut, cache: str | None = None) -> list[str]:
@@ -51,14 +53,19 @@ def held_out_texts(corpus: str, bounds: HeldOut, cache: str | None = None) -> li
     return [text for text in texts if text.strip()]
 
 
-def continuation_questions(texts: list[str], form: Questions) -> list[dict[str, Any]]:
+def continuation_questions(
+    texts: list[str], form: Questions, fits: Callable[[str], bool] = lambda _: True
+) -> list[dict[str, Any]]:
     """Make questions of texts, the same from the same texts; words are what white space separates.
 
     Places lie one continuation apart, so that no two questions ask for the same words. Which of them are used, in which
     order, and which other places give the wrong choices, is decided by hashes of the places. Wrong choices come from
     other documents, and only where those are too few from the same one, away from the question. The true choice is in
     turn the first, second and so on. Continuations with very long words (rulers, tables, base64) are left out: they are
-    no text, and the context of a small model may not hold one.
+    no text.
+
+    Args:
+        fits: whether a model can read a continuation; others are left out, too.
 
     Returns:
         `context` (text), `choices` (texts) and `answer` (index of the true one) of each question.
@@ -74,17 +81,18 @@ def continuation_questions(texts: list[str], form: Questions) -> list[dict[str, 
     continuations = {}
     for document, first in places:
         begin, end = words[document][first].start(), words[document][first + form.continuation_words - 1].end()
-        if end - begin <= _CHARACTERS_A_WORD * form.continuation_words:
-            continuations[document, first] = texts[document][begin:end]
+        answer = texts[document][begin:end]
+        if len(answer) <= _CHARACTERS_A_WORD * form.continuation_words and fits(answer):
+            continuations[document, first] = answer
     questions: list[dict[str, Any]] = []
     for place in sorted(continuations, key=_hash)[: form.number]:
         document, first = place
         begin, end = words[document][first - form.context_words].start(), words[document][first - 1].end()
         choices = _wrong_choices(place, continuations, form)
         if len(choices) == form.choices - 1:
-            answer = len(questions) % form.choices
-            choices.insert(answer, continuations[place])
-            questions.append({"context": texts[document][begin:end], "choices": choices, "answer": answer})
+            truth = len(questions) % form.choices
+            choices.insert(truth, continuations[place])
+            questions.append({"context": texts[document][begin:end], "choices": choices, "answer": truth})
     if not questions:
         raise ValueError(
             f"held_out.questions: {len(texts)} documents with {sum(map(len, words))} words give none with "
@@ -92,6 +100,16 @@ def continuation_questions(texts: list[str], form: Questions) -> list[dict[str, 
             "needed. Take a larger corpus or more of it, or ask for fewer words"
         )
     return questions
+
+
+def _fitting(text: Text, cache: str | None) -> Callable[[str], bool]:
+    """Whether an answer has less tokens than the model's context, by the corpus' tokenizer, on which it was trained."""
+    if text.corpus is None or (context := text.context) is None:
+        return lambda _: True
+    tokenizer = AutoTokenizer.from_pretrained(
+        tokenizer_path(read_manifest(text.corpus), cache), trust_remote_code=False
+    )
+    return lambda answer: len(tokenizer(f" {answer}", add_special_tokens=False)["input_ids"]) < context
 
 
 def _wrong_choices(place: tuple[int, int], texts: dict[tuple[int, int], str], form: Questions) -> list[str]:
@@ -126,7 +144,11 @@ def task_config(task: SuiteTask, text: Text) -> dict[str, Any]:
             "anew with a larger share of validation"
         )
     questions = task.held_out.questions
-    rows = [{"text": one} for one in texts] if questions is None else continuation_questions(texts, questions)
+    rows = (
+        [{"text": one} for one in texts]
+        if questions is None
+        else continuation_questions(texts, questions, _fitting(text, cache))
+    )
     path = (text.scratch / f"{task.task}.jsonl").resolve()
     path.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
     return {

@@ -86,6 +86,13 @@ def test_the_true_continuation_goes_on_and_the_others_are_from_other_documents()
     assert continuation_questions(LONG, fewer) == questions[:7]
 
 
+def test_answers_that_a_model_cannot_read_are_left_out() -> None:
+    everything = continuation_questions(LONG, FORM)
+    longest = max((choice for question in everything for choice in question["choices"]), key=len)
+    some = continuation_questions(LONG, FORM, lambda answer: len(answer) < len(longest))
+    assert some and all(len(choice) < len(longest) for question in some for choice in question["choices"])
+
+
 def test_a_single_document_gives_wrong_choices_away_from_the_question() -> None:
     for question in continuation_questions(LONG[:1], FORM):
         first = int(question["choices"][question["answer"]].split()[0][1:])

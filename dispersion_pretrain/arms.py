@@ -77,7 +77,16 @@ def _shared_settings(run: Run) -> str:
     if isinstance(settings.get("run"), dict):
         for key in _OWN:
             settings["run"].pop(key, None)
-    return json.dumps(settings, sort_keys=True, default=str)
+    return json.dumps(_without_nulls(settings), sort_keys=True, default=str)
+
+
+def _without_nulls(tree: dict[str, Any]) -> dict[str, Any]:
+    """Runs from before a setting was there are like those that leave it off."""
+    return {
+        key: _without_nulls(value) if isinstance(value, dict) else value
+        for key, value in tree.items()
+        if value is not None
+    }
 
 
 def _seed(run: Run) -> Any:

@@ -32,9 +32,8 @@ def main() -> None:
     parts = [_HEAD]
     for question in experiments.QUESTIONS:
         folders = [arm.run_folder(seed) for arm in question.arms for seed in arm.seeds]
-        reference = question.arms[0].name
-        write_report(folders, OUT / f"{question.key}.html", reference=reference, tables_folder=OUT / question.key)
-        parts.append(_section(question, compile_report(folders, reference)))
+        write_report(folders, OUT / f"{question.key}.html", tables_folder=OUT / question.key)
+        parts.append(_section(question, compile_report(folders)))
     untouched = json.loads((experiments.UNTOUCHED / "results.json").read_bytes())
     parts.append(f"## SmolLM2-135M-Instruct before any training\n\n```\n{format_table(untouched)}\n```\n")
     (OUT / "figures.md").write_text("\n".join(parts), encoding="utf-8")

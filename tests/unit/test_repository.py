@@ -96,8 +96,8 @@ ALLOWED: dict[str, set[str]] = {
     "train": {
         "assembly", "baselines", "certificate", "checkpoint", "condensation", "condensation_pictures", "config",
         "crash_loop", "data", "distributed", "engine", "evaluation_jobs", "exit_codes", "faults", "heartbeat",
-        "launcher", "metrics", "model", "objective", "optim", "replicas", "resume", "run_lock", "saving", "stopping",
-        "watchdog",
+        "launcher", "metrics", "model", "objective", "optim", "profiling", "replicas", "resume", "run_lock", "saving",
+        "stopping", "watchdog",
     },
     "doctor": {
         "assembly", "config", "data", "distributed", "engine", "layout", "metrics", "model", "objective",

@@ -264,7 +264,7 @@ def _work_through(
     `details` tells how the model was set up.
     """
     with tempfile.TemporaryDirectory(prefix="evaluation-") as scratch:
-        text = held_out.Text(work.corpus, work.cache, Path(scratch), work.options.max_length or work.trained_length)
+        text = held_out.Text(work.corpus, work.cache, Path(scratch))
         loaded, errors = lm_tasks.load_tasks(work.tasks, text, work.options.datasets)
         errors = evaluation_ranks.union(errors)
         yield from ((task, {}, {}, error) for task, error in errors.items())

@@ -69,9 +69,9 @@ def examine(
     numbers = torch.cat([sums, gradient_square.to(sums.device).reshape(1)])
     wish = torch.full_like(numbers[:1], float(wants_stop))
     table = torch.cat([(~torch.isfinite(numbers)).double(), numbers[:1], numbers[-1:], wish])
-    *broken, loss, square, wishes = distributed.all_reduce_sum(table.to(distributed.collective_device())).tolist()
+    *not_finite, loss, square, wishes = distributed.all_reduce_sum(table.to(distributed.collective_device())).tolist()
     stopping = wishes > 0
-    *of_losses, of_gradients = broken
+    *of_losses, of_gradients = not_finite
     loss /= context.shares
     names = [name for name, count in zip(_TERMS, of_losses, strict=False) if count]
     if len(names) > 1:
@@ -82,7 +82,8 @@ def examine(
         names.append(f"the dispersion of layer{'s' * (len(layers) > 1)} {', '.join(layers)}")
     if names:
         where = f"on {int(max(of_losses))} of {distributed.world_size()} ranks"
-        return StepHealth(loss, f"{' and '.join(names)} {'are' if len(names) > 1 else 'is'} not finite {where}")
+        broken = f"{' and '.join(names)} {'are' if len(names) > 1 else 'is'} not finite {where}"
+        return StepHealth(loss, broken, stopping)
     if of_gradients or not square < _LARGEST_SQUARE:
         return StepHealth(loss, _describe_gradients(non_finite_gradients()), stopping)
     return StepHealth(loss, stopping=stopping)

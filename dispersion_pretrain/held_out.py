@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from dispersion_pretrain.corpus import TokenCorpus, read_manifest, tokenizer_path
+from dispersion_pretrain.corpus import CorpusManifest, TokenCorpus, read_manifest, tokenizer_path
 from dispersion_pretrain.suites import HeldOut, Questions, SuiteTask
 
 _CHARACTERS_A_WORD = 12  # of a continuation, on average, at most; English has 6
@@ -25,7 +25,6 @@ class Text:
     corpus: str | None
     cache: str | None  # for the shards of a remote corpus
     scratch: Path  # empty folder for files that nobody needs afterwards
-    context: int | None = None  # tokens that the model reads at once; None: enough for any answer
 
 
 def held_out_texts(corpus: str, bounds: HeldOut, cache: str | None = None) -> list[str]:
@@ -102,14 +101,14 @@ def continuation_questions(
     return questions
 
 
-def _fitting(text: Text, cache: str | None) -> Callable[[str], bool]:
-    """Whether an answer has less tokens than the model's context, by the corpus' tokenizer, on which it was trained."""
-    if text.corpus is None or (context := text.context) is None:
-        return lambda _: True
-    tokenizer = AutoTokenizer.from_pretrained(
-        tokenizer_path(read_manifest(text.corpus), cache), trust_remote_code=False
-    )
-    return lambda answer: len(tokenizer(f" {answer}", add_special_tokens=False)["input_ids"]) < context
+def _fitting(manifest: CorpusManifest, cache: str | None) -> Callable[[str], bool]:
+    """Whether an answer has less tokens than the corpus' sequences, of which a model trained on them reads no more.
+
+    A matter of the corpus alone, so that its questions are the same for every model.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_path(manifest, cache), trust_remote_code=False)
+    longest = manifest.sequence_length - 1
+    return lambda answer: len(tokenizer(f" {answer}", add_special_tokens=False)["input_ids"]) <= longest
 
 
 def _wrong_choices(place: tuple[int, int], texts: dict[tuple[int, int], str], form: Questions) -> list[str]:
@@ -147,7 +146,7 @@ def task_config(task: SuiteTask, text: Text) -> dict[str, Any]:
     rows = (
         [{"text": one} for one in texts]
         if questions is None
-        else continuation_questions(texts, questions, _fitting(text, cache))
+        else continuation_questions(texts, questions, _fitting(read_manifest(text.corpus), cache))
     )
     path = (text.scratch / f"{task.task}.jsonl").resolve()
     path.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")

@@ -220,5 +220,11 @@ def run_tasks(
 
 
 def _failure(task: SuiteTask, error: Exception) -> str:
-    text = " ".join(str(error).split())[:300] or traceback.extract_tb(error.__traceback__)[-1].line
+    place = traceback.extract_tb(error.__traceback__)[-1].line or ""
+    if isinstance(error, AssertionError) and "continuation_enc" in place:  # lm-eval's way to say it
+        return (
+            f"{task.task}: an answer has more tokens than the model's context. Shorter ones are allowed. Raise "
+            "--max-length, or take another model or task."
+        )
+    text = " ".join(str(error).split())[:300] or place
     return f"{task.task}: the evaluation failed ({type(error).__name__}: {text})."

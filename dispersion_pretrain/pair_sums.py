@@ -28,8 +28,8 @@ from dispersion_pretrain import angular_kernel, heartbeat
 _PAIRS_PER_BLOCK = 1024 * 1024
 # Rows of a block are a multiple of this, so that the compiled sweep's tiles do not straddle blocks.
 _ROW_MULTIPLE = 64
-# From so many pairs on, a quarter of the inner products saved is worth a second matrix product and a second sweep: at 4
-# sets of 256, width 1,024, one of each takes 0.93 of the time, at 8 sets as long, at 12 it takes 1.11 times as long.
+# From so many pairs on, a quarter of the inner products saved is worth a second matrix product and a second sweep. One
+# of each takes 0.93 of the time of two at 4 sets of 256 (width 1,024), as long at 8 and 1.11 of it at 12 (width 768).
 _PAIRS_WORTH_SAVING = 512 * 1024
 
 

@@ -52,35 +52,42 @@ class StepProfiler:
         self._hooks: list[Any] = []
         self._clock: _Clock | None = None
         self._trace: _Trace | None = None
+        self._begun = 0  # steps of the present window; a rollback repeats numbers, so they are counted
 
     def reach(self, step: int) -> None:
         """Say that the 0-based step is about to begin."""
         if self._section is None:
             return
-        place = step - self._section.first_step
-        if place == 0:
-            self._clock = _Clock(self._device)
+        self._begun += 1
+        if self._trace is not None:
+            if self._begun > self._section.steps:
+                self._finish(self._section.steps)
+        elif self._clock is not None:
+            if self._begun > self._section.steps:
+                self._clock.stop()
+                self._remove_hooks()
+                self._trace, self._begun = _Trace(self._device), 1
+                heartbeat.now.observer = self._trace.enter
+        elif step == self._section.first_step:
+            self._clock, self._begun = _Clock(self._device), 1
             heartbeat.now.observer = self._clock.enter
             for name, module in self._parts:
                 self._hooks += self._clock.watch(name, module)
-        elif place == self._section.steps and self._clock is not None:
-            self._clock.stop()
-            self._remove_hooks()
-            self._trace = _Trace(self._device)
-            heartbeat.now.observer = self._trace.enter
-        elif place == 2 * self._section.steps and self._trace is not None:
-            self.close()
 
     def close(self) -> None:
-        """End what has begun, print the table and write the files; nothing where neither window was left."""
+        """End what has begun: of a trace that was cut short there are the steps so far, of less there is nothing."""
+        if self._trace is not None:
+            self._finish(self._begun)
         self._remove_hooks()
+        heartbeat.now.observer = self._clock = None
+
+    def _finish(self, traced_steps: int) -> None:
+        """Print the table and write the files."""
+        assert self._section is not None and self._clock is not None and self._trace is not None
         heartbeat.now.observer = None
-        clock, trace, section = self._clock, self._trace, self._section
-        self._clock = self._trace = None
-        if clock is None or trace is None or section is None:
-            return
+        clock, trace, self._clock, self._trace = self._clock, self._trace, None, None
         trace.stop()
-        table = phase_table(clock.seconds, trace.averages(), section.steps)
+        table = phase_table(clock.seconds, self._section.steps, trace.averages(), traced_steps)
         self._folder.mkdir(parents=True, exist_ok=True)
         (self._folder / "phases.txt").write_text(table + "\n", encoding="utf-8")
         (self._folder / "operators.txt").write_text(trace.operators(), encoding="utf-8")
@@ -170,12 +177,12 @@ class _Trace:
         self._profile.export_chrome_trace(str(path))
 
 
-def phase_table(seconds: dict[str, float], events: dict[str, tuple[int, float]], steps: int) -> str:
+def phase_table(seconds: dict[str, float], steps: int, events: dict[str, tuple[int, float]], traced_steps: int) -> str:
     """Lines of phases, with milliseconds a step and their share; then what the trace says besides.
 
     Args:
         seconds: by phase, over all `steps`.
-        events: calls and seconds of the trace's events, over as many steps.
+        events: calls and seconds of the trace's events, over all `traced_steps`.
     """
     total = sum(seconds.values())
     lines = [f"{'phase':<36}{'ms a step':>12}{'share':>9}"]
@@ -186,5 +193,5 @@ def phase_table(seconds: dict[str, float], events: dict[str, tuple[int, float]],
     for name, beginnings in _OF_THE_TRACE.items():
         found = [event for key, event in events.items() if key.startswith(beginnings)]
         calls, time_s = sum(count for count, _ in found), sum(each for _, each in found)
-        lines.append(f"{name:<36}{1e3 * time_s / steps:12.2f}{calls / steps:9.1f} calls a step")
+        lines.append(f"{name:<36}{1e3 * time_s / traced_steps:12.2f}{calls / traced_steps:9.1f} calls a step")
     return "\n".join(lines)

@@ -175,3 +175,12 @@ def test_a_context_of_ones_own_is_used_and_one_beyond_the_model_refused(run: Pat
     assert scores[0] != scores[1]
     with pytest.raises(ValueError, match="--max-length: 65, but .* has 64 positions. At most that many are allowed"):
         evaluate_model(str(run), suite, None, Options(max_length=65))
+
+
+def test_answers_beyond_the_context_are_an_error_of_their_task(run: Path, tmp_path: Path) -> None:
+    suite = tmp_path / "suite.yaml"
+    suite.write_text(yaml.safe_dump({"name": "both", "tasks": [TEXT, CONTINUATION]}))
+    results = evaluate_model(str(run), suite, None, Options(max_length=4))
+    assert list(results["results"]) == ["held_out_text"]
+    (error,) = results["errors"].values()
+    assert error.startswith("held_out_continuation: an answer has more tokens than the model's context. Shorter ones")

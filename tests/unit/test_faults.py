@@ -7,11 +7,13 @@ import math
 from collections import deque
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from dispersion_pretrain.config import FaultSettings
-from dispersion_pretrain.faults import FaultWatch, StepHealth, Verdict, spike_score
+from dispersion_pretrain.faults import NUM_SUMS, FaultWatch, StepHealth, Verdict, examine, spike_score
+from dispersion_pretrain.objective import StepContext
 
 BROKEN = StepHealth(math.nan, "cross-entropy is not finite on 1 of 2 ranks")
 GLOBAL_BATCH = 512
@@ -26,6 +28,16 @@ def reborn(watch: FaultWatch) -> FaultWatch:
     again = FaultWatch(watch.settings, GLOBAL_BATCH)
     again.restore(json.loads(json.dumps(watch.state(), allow_nan=False)))
     return again
+
+
+@pytest.mark.parametrize("wants_stop", [False, True])
+@pytest.mark.parametrize(("loss", "square"), [(1.0, 1.0), (math.nan, 1.0), (1.0, math.inf)])
+def test_a_wish_to_stop_is_heard_whatever_the_numbers(loss: float, square: float, wants_stop: bool) -> None:
+    context = StepContext(step=0, targets=4, shares=1, coefficient=0.0, layers=())
+    sums = torch.full((NUM_SUMS,), loss, dtype=torch.float64)
+    health = examine(sums, torch.tensor(square, dtype=torch.float64), context, lambda: ["weight"], wants_stop)
+    assert health.stopping == wants_stop
+    assert bool(health.broken) == (not math.isfinite(loss + square))
 
 
 def test_stop_names_step_term_and_cure() -> None:

@@ -62,6 +62,22 @@ def test_phases_are_timed_and_steps_traced(tmp_path: Path, capsys: pytest.Captur
     assert heartbeat.now.observer is None and not head._forward_hooks and not head._forward_pre_hooks
 
 
+def test_steps_that_a_rollback_repeats_are_counted_again(tmp_path: Path) -> None:
+    head = Head()
+    profiler = StepProfiler(ProfilingSettings(first_step=1, steps=2), tmp_path, torch.device("cpu"), [("head", head)])
+    for step in (0, 1, 0, 1, 2):  # back in the first window; the second one begins at the second 0 + 1
+        profiler.reach(step)
+        heartbeat.mark("update")
+        time.sleep(FORWARD_S)
+    profiler.close()
+    (row,) = [line for line in (tmp_path / "profile" / "phases.txt").read_text().splitlines() if "update" in line]
+    assert float(row.split()[1]) == pytest.approx(1e3 * FORWARD_S, rel=0.5)  # of two steps, not of four
+    trace = json.loads(gzip.decompress((tmp_path / "profile" / "trace.json.gz").read_bytes()))
+    assert [event["name"] for event in trace["traceEvents"] if event.get("cat") == "user_annotation"].count(
+        "update"
+    ) == 2
+
+
 @pytest.mark.parametrize("first", [2, 9], ids=["within the watched steps", "behind them"])
 def test_a_start_that_comes_too_late_leaves_nothing(tmp_path: Path, first: int) -> None:
     head = Head()
@@ -80,7 +96,8 @@ def test_without_settings_nothing_is_watched(tmp_path: Path) -> None:
 def test_collectives_and_backward_passes_are_added_up() -> None:
     backward = "autograd::engine::evaluate_function: PairSumLossBackward"
     events = {"gloo:all_reduce": (6, 0.006), "gloo:all_gather": (2, 0.002), backward: (4, 0.010), "aten::mm": (9, 9.0)}
-    lines = phase_table({"update": 0.4, "forward pass": 0.6}, events, 2).splitlines()
+    lines = phase_table({"update": 0.4, "forward pass": 0.6}, 4, events, 2).splitlines()
+    assert re.fullmatch(r"forward pass +150\.00 +60\.0%", lines[1])
     assert [line.split()[0] for line in lines[1:4]] == ["forward", "update", "step"]
     assert re.fullmatch(r"collectives +4\.00 +4\.0 calls a step", lines[5])
     assert re.fullmatch(r"dispersion, in the backward pass +5\.00 +2\.0 calls a step", lines[7])

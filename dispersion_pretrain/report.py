@@ -243,9 +243,14 @@ def runs_table(runs: list[Run]) -> Table:
 def compare_settings(runs: list[Run]) -> tuple[list[Row], list[Row]]:
     """Rows of the resolved settings: those that differ, and those that all runs share; the run's name is none."""
     flat = [dict(_flatten(run.settings)) for run in runs]
-    for one in flat:
+    off = {key for one in flat for key, value in one.items() if value == "null"}
+    for one in filter(None, flat):
         for key in ("run.name", "run.folder"):
             one.pop(key, None)
+        # A run from before a setting was there is like one that leaves it off (as for arms.group).
+        for key in off - one.keys():
+            if not any(other.startswith(f"{key}.") for other in one):
+                one[key] = "null"
     return _compare(flat)
 
 

@@ -140,6 +140,16 @@ def test_settings_that_differ_come_first_and_off_is_said(pair: tuple[Path, Path]
     assert page.count('<tr class="differs">') == 2
 
 
+def test_a_setting_that_is_off_and_one_that_is_not_there_yet_are_alike(tmp_path: Path) -> None:
+    now = {"run": {"name": "a", "seed": 0}, "dispersion": None, "profiling": None}
+    earlier = {"run": {"name": "b", "seed": 1}, "dispersion": None}
+    folders = [make_run(tmp_path / name, settings=tree) for name, tree in (("a", now), ("b", earlier))]
+    differing, same = report.compare_settings(run_folder.load_runs(folders))
+    assert [row.key for row in differing] == ["run.seed"]
+    assert Row("profiling", ["null", "null"]) in same
+    assert len(report.compile_report(folders).arms) == 1, "two seeds of one arm"
+
+
 def test_the_last_record_of_a_step_counts_and_torn_lines_are_left_out(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run", losses=(9.0, 8.0), validation=())
     with open(folder / "metrics.jsonl", "a") as file:

@@ -62,17 +62,18 @@ struct Sums {
 
 // gram: (sets, rows, columns), contiguous: inner products z_i . z_j. Where `symmetric`, the columns begin with the rows
 //     themselves and tiles left of the diagonal are not read.
-// weights: w_ij r_i r_j, by strides; 0 where a row meets itself. May be gram itself. Where `symmetric` they are also
-//     written below the diagonal: as far as there are rows, or for all columns if `mirror_all`.
-// row_scale, column_scale: r by set stride, so that r_i z_i is a unit vector.
+// weights: w_ij r_i r_j, by strides; where a row meets itself -along_i dots_i, what is on hand of dots then being whole.
+//     May be gram itself. Where `symmetric` they are also written below the diagonal: as far as there are rows, or for all
+//     columns if `mirror_all`.
+// row_scale, column_scale: r by set stride, so that r_i z_i is a unit vector. along: r / |z| of the rows, as row_scale.
 // diagonal: the column in which row 0 meets itself.
 // edge: cosines are clamped to [-edge, edge], straight-through. rate: -1 / (pi tau).
 // sums: (sets, 3), sum of e, number of clamped pairs, sum of c. dots: by set stride, sum over j of w_ij c_ij for each row, and
 //     where `symmetric` for each column too. Both are added to.
 extern "C" void angular_sweep(
     const float* gram, int64_t sets, int64_t rows, int64_t columns, float* weights, int64_t weights_set_stride,
-    int64_t weights_row_stride, const float* row_scale, int64_t row_scale_stride, const float* column_scale,
-    int64_t column_scale_stride, int64_t diagonal, int32_t symmetric, int32_t mirror_all, float edge, float rate,
+    int64_t weights_row_stride, const float* row_scale, const float* along, int64_t row_scale_stride,
+    const float* column_scale, int64_t column_scale_stride, int64_t diagonal, int32_t symmetric, int32_t mirror_all, float edge, float rate,
     double* sums, float* dots, int64_t dots_stride, int32_t threads) {
     const int64_t row_tiles = (rows + TILE - 1) / TILE, column_tiles = (columns + TILE - 1) / TILE;
     const int64_t tiles = row_tiles * column_tiles;
@@ -156,4 +157,8 @@ extern "C" void angular_sweep(
         for (int64_t column = column_tile * TILE, j = 0; j < TILE && column + j < columns; ++j)
             dots_of_set[column + j] += dots_of_columns[job * TILE + j];
     }
+    for (int64_t set = 0; set < sets; ++set)
+        for (int64_t row = 0; row < rows; ++row)
+            weights[set * weights_set_stride + row * weights_row_stride + diagonal + row] =
+                -dots[set * dots_stride + row] * along[set * row_scale_stride + row];
 }

@@ -106,9 +106,9 @@ class PairSumLoss(torch.autograd.Function):
             vectors = _prepare(pool, pair)
             sweep = _angular_sweep if _runs_kernel(pair, vectors, options) else _sweep
             found = sweep(vectors, slice(first_row, first_row + num_rows), pair, options)
-            own_total = found.value.logsumexp(1) if pair.logarithm else found.value.sum(1)
-            own = torch.stack([own_total, found.clamped, found.product])
-            total, clamped, product = _over_ranks(own, group, pair.logarithm)
+            own = torch.stack([found.value, found.clamped, found.product])
+            over_ranks = _over_ranks(own, group, pair.logarithm)
+            total, of_pairs = over_ranks[0], over_ranks[1:]
             if pair.logarithm:
                 loss = total - math.log(num_pairs)  # in float64: both are near 10, and their difference below 1
                 factor = torch.exp(found.shift - total[:, None]).to(pool.z.dtype)
@@ -119,7 +119,7 @@ class PairSumLoss(torch.autograd.Function):
         factor = factor.mul_(2.0 * num_ranks).unsqueeze(-1)
         ctx.save_for_backward(factor, *([found.gradient] if found.weights is None else [found.weights, embeddings]))
         ctx.input_dtype = embeddings.dtype
-        clamped_share, mean_product = (torch.stack([clamped, product]) / num_pairs).to(pool.z.dtype).unbind(0)
+        clamped_share, mean_product = (of_pairs / num_pairs).to(pool.z.dtype).unbind(0)
         ctx.mark_non_differentiable(clamped_share, mean_product)
         return loss.to(pool.z.dtype), clamped_share, mean_product
 
@@ -171,8 +171,8 @@ def _unit_scale(z: Tensor, norm_epsilon: float) -> tuple[Tensor, Tensor]:
     """R = 1 / (|z| + epsilon), and |z|, both (..., tokens). r is 0 for a vector so short that it has no direction."""
     norm = torch.linalg.vector_norm(z, dim=-1)
     smallest = torch.finfo(z.dtype).tiny ** 0.5  # below it the square of a norm is no normal number any more
-    length = norm + norm_epsilon
-    return torch.where(length <= smallest, torch.zeros_like(length), 1.0 / length), norm.clamp_min(smallest)
+    length = norm + norm_epsilon if norm_epsilon else norm
+    return length.reciprocal().masked_fill_(length <= smallest, 0.0), norm.clamp_min(smallest)
 
 
 def in_full_precision(embeddings: Tensor) -> Tensor:
@@ -202,8 +202,8 @@ def _prepare(pool: Pool, pair: PairSum) -> _Vectors:
 
 
 class _Found(NamedTuple):
-    value: Tensor  # (sets, rows or groups of them) float64: sum of f over their pairs, or logarithm of that of exp(f)
-    shift: Tensor  # (sets, n): the row's gradient is to be multiplied by exp(shift)
+    value: Tensor  # (sets,) float64: sum of f over own pairs, or logarithm of that of exp(f)
+    shift: Tensor  # (sets, n), or (sets, 1) for all rows alike: the row's gradient is to be multiplied by exp(shift)
     clamped: Tensor  # (sets,) float64: own pairs beyond the clamp
     product: Tensor  # (sets,) float64: sum of x_i . x_j over own pairs
     # Half of dS/dz, or of d(sum of exp(f - shift))/dz: the gradient itself, (sets, n, dim); or the weights A, (sets, N,
@@ -233,7 +233,7 @@ def _sweep(vectors: _Vectors, own: slice, pair: PairSum, options: DispersionOpti
         clamped[sets] += of_sets[0]
         product[sets] += of_sets[1]
         gradient[sets, rows] = torch.bmm(weights, part.basis)
-    return _Found(value, shift, clamped, product, gradient)
+    return _Found(value.logsumexp(1) if pair.logarithm else value.sum(1), shift, clamped, product, gradient)
 
 
 def _blocks(num_sets: int, num_rows: int, num_columns: int, multiple: int) -> list[tuple[slice, slice]]:
@@ -335,34 +335,28 @@ def _angular_sweep(vectors: _Vectors, own: slice, pair: PairSum, options: Disper
     z = vectors.basis
     num_rows = own.stop - own.start
     edge = edge_of_clamp(options, z.dtype)
-    sums = angular_kernel.AngularSums(vectors.scale[:, own], vectors.scale, edge=edge, temperature=options.temperature)
+    sums = angular_kernel.AngularSums(
+        vectors.scale[:, own], vectors.along[:, own], vectors.scale, edge=edge, temperature=options.temperature
+    )
     weights = gradient = None
     if num_rows < z.shape[1]:
-        gradient = _against_pool(vectors, own, sums)
+        gradient = _against_pool(z, own, sums)
     elif num_rows <= z.shape[2]:
-        weights = _whole_sets(vectors, sums)
+        weights = _whole_sets(z, sums)
     else:
-        gradient = _against_rest(vectors, sums)
+        gradient = _against_rest(z, sums)
     similarity, clamped, product = sums.sums.unbind(1)
-    value = torch.log(similarity).unsqueeze(1)  # of all own rows together
-    return _Found(value, torch.zeros_like(sums.dots), clamped, product, gradient, weights)
+    shift = z.new_zeros(z.shape[0], 1)
+    return _Found(torch.log(similarity), shift, clamped, product, gradient, weights)
 
 
-def _whole_sets(vectors: _Vectors, sums: angular_kernel.AngularSums) -> Tensor:
+def _whole_sets(z: Tensor, sums: angular_kernel.AngularSums) -> Tensor:
     """Weights of small sets: where it pays, the lower left quarter of the inner products is not computed."""
-    z = vectors.basis
     num_sets, tokens, _ = z.shape
     if num_sets * tokens * tokens < _PAIRS_WORTH_SAVING:
         weights = torch.bmm(z, z.transpose(1, 2))
         sums.add_rows_against_rest(weights, weights, first_set=0, first_row=0)
-    else:
-        weights = _upper_products_mirrored(z, sums)
-    weights.diagonal(dim1=1, dim2=2).copy_(-sums.dots * vectors.along)
-    return weights
-
-
-def _upper_products_mirrored(z: Tensor, sums: angular_kernel.AngularSums) -> Tensor:
-    num_sets, tokens, _ = z.shape
+        return weights
     middle = tokens // 2 // _ROW_MULTIPLE * _ROW_MULTIPLE
     weights = z.new_empty(num_sets, tokens, tokens)
     sets_at_once = max(1, _PAIRS_PER_BLOCK // (tokens * tokens))
@@ -376,32 +370,26 @@ def _upper_products_mirrored(z: Tensor, sums: angular_kernel.AngularSums) -> Ten
     return weights
 
 
-def _against_pool(vectors: _Vectors, own: slice, sums: angular_kernel.AngularSums) -> Tensor:
+def _against_pool(z: Tensor, own: slice, sums: angular_kernel.AngularSums) -> Tensor:
     """Gradient of own rows against a pool of which they are a part."""
-    z, own_along = vectors.basis, vectors.along[:, own]
     num_sets, num_columns, _ = z.shape
     gradient = torch.empty_like(z[:, own])
     for sets, rows in _blocks(num_sets, gradient.shape[1], num_columns, _ROW_MULTIPLE):
         first = own.start + rows.start
         weights = torch.bmm(z[sets, first : own.start + rows.stop], z[sets].transpose(1, 2))
         sums.add_rows_against_pool(weights, first_set=sets.start, first_row=rows.start, diagonal=first)
-        of_itself = -sums.dots[sets, rows] * own_along[sets, rows]
-        weights.diagonal(offset=first, dim1=1, dim2=2).copy_(of_itself)
         gradient[sets, rows] = torch.bmm(weights, z[sets])
     return gradient
 
 
-def _against_rest(vectors: _Vectors, sums: angular_kernel.AngularSums) -> Tensor:
+def _against_rest(z: Tensor, sums: angular_kernel.AngularSums) -> Tensor:
     """Gradient of large sets, each block of rows against itself and the rows after it."""
-    z = vectors.basis
     num_sets, tokens, _ = z.shape
     gradient = torch.zeros_like(z)
     for sets, rows in _blocks(num_sets, tokens, tokens, _ROW_MULTIPLE):
         part, of_sets = z[sets, rows], gradient[sets]
         weights = torch.bmm(part, z[sets, rows.start :].transpose(1, 2))
         sums.add_rows_against_rest(weights, weights, first_set=sets.start, first_row=rows.start)
-        # the rows' own sums are whole now: blocks before have added theirs
-        weights.diagonal(dim1=1, dim2=2).copy_(-sums.dots[sets, rows] * vectors.along[sets, rows])
         of_sets[:, rows].baddbmm_(weights, z[sets, rows.start :])
         after = weights[:, :, rows.stop - rows.start :]
         of_sets[:, rows.stop :].baddbmm_(after.transpose(1, 2), part)

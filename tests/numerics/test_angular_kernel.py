@@ -81,7 +81,8 @@ def test_the_number_of_threads_changes_no_bit(threads: int) -> None:
         for number in (1, threads):
             torch.set_num_threads(number)
             vectors = pair_sums._prepare(pair_sums.Pool.of(embeddings_of((2, 200, 100)), 0.0), pair_of_angular())
-            sums = angular_kernel.AngularSums(vectors.scale, vectors.scale, edge=0.9, temperature=1.0)
+            scale, along = vectors.scale, vectors.along
+            sums = angular_kernel.AngularSums(scale, along, scale, edge=0.9, temperature=1.0)
             gram = torch.arange(2 * 200 * 200, dtype=torch.float32).sin().view(2, 200, 200).contiguous() * 50.0
             weights = torch.zeros(2, 200, 200)
             sums.add_rows_against_rest(gram, weights, first_set=0, first_row=0)

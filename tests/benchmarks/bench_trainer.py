@@ -23,6 +23,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+import dispersion_pretrain  # noqa: F401  (before transformers, which imports torchvision)
+
+# isort: split
 import numpy as np
 import torch
 import yaml
@@ -48,11 +51,11 @@ def blocks(steps: int) -> np.ndarray[Any, np.dtype[np.uint16]]:
     return np.repeat(numbers, 4, axis=1)
 
 
-def run_ours(folder: Path, name: str, steps: int, coefficient: float) -> dict[str, float]:
+def run_ours(folder: Path, name: str, steps: int, coefficient: float, precision: str) -> dict[str, float]:
     """One run of launch/pretrain.py."""
     settings: dict[str, Any] = {
         "run": {"name": name, "folder": str(folder / "runs" / name), "seed": 0},
-        "model": {"config": GPT2},
+        "model": {"config": GPT2, "precision": precision},
         "data": {"corpus": str(folder / "corpus"), "sequence_length": LENGTH, "shuffle": "none"},
         "training": {"global_batch_tokens": SEQUENCES * LENGTH, "max_tokens": steps * SEQUENCES * LENGTH},
         "optimizer": {"learning_rate": 1e-4, "weight_decay": 0.1},
@@ -109,7 +112,7 @@ class StepTimes(TrainerCallback):
         self.moments.append(time.perf_counter())
 
 
-def run_trainer(folder: Path, steps: int, coefficient: float) -> dict[str, float]:
+def run_trainer(folder: Path, steps: int, coefficient: float, precision: str) -> dict[str, float]:
     """One run of the Trainer, in this process."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(GPT2Config(**GPT2))
@@ -118,6 +121,7 @@ def run_trainer(folder: Path, steps: int, coefficient: float) -> dict[str, float
         output_dir=str(folder / "trainer"), per_device_train_batch_size=SEQUENCES, max_steps=steps, use_cpu=True,
         learning_rate=1e-4, weight_decay=0.1, lr_scheduler_type="constant", max_grad_norm=1.0, adam_beta2=0.95,
         logging_strategy="steps", logging_steps=1, save_strategy="no", report_to=[], disable_tqdm=True,
+        bf16=precision == "bf16",
     )  # fmt: skip
     times = StepTimes()
     trainer = DispersionTrainer(model=model, args=arguments, train_dataset=data, callbacks=[times])
@@ -128,14 +132,14 @@ def run_trainer(folder: Path, steps: int, coefficient: float) -> dict[str, float
     return {"seconds": statistics.median(steps_s), "loss": trainer.cross_entropy}
 
 
-def child(contender: str, folder: Path, name: str, steps: int) -> None:
+def child(contender: str, folder: Path, name: str, steps: int, precision: str) -> None:
     """Run one contender and print what it took."""
     coefficient = 0.0 if "no dispersion" in contender else COEFFICIENT
     if contender.startswith("Trainer"):
-        result = run_trainer(folder, steps, coefficient)
+        result = run_trainer(folder, steps, coefficient, precision)
         usage = resource.getrusage(resource.RUSAGE_SELF)
     else:
-        result = run_ours(folder, name, steps, coefficient)
+        result = run_ours(folder, name, steps, coefficient, precision)
         usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     sys.stdout.write("\n" + json.dumps({**result, "gib": usage.ru_maxrss / 2**20}) + "\n")
 
@@ -144,11 +148,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--steps", type=int, default=9)
+    parser.add_argument("--precision", choices=("float32", "bf16"), default="float32")
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
         contender, folder, name = arguments.child
-        return child(contender, Path(folder), name, arguments.steps)
+        return child(contender, Path(folder), name, arguments.steps, arguments.precision)
     results: dict[str, list[dict[str, float]]] = {contender: [] for contender in CONTENDERS}
     with tempfile.TemporaryDirectory() as folder:
         sequences = blocks(arguments.steps)
@@ -156,7 +161,8 @@ def main() -> None:
         write_token_corpus(corpus, {"train": sequences, "validation": sequences}, vocabulary=VOCABULARY)
         for round_number in range(arguments.rounds):
             for place, contender in enumerate(CONTENDERS):
-                command = [sys.executable, __file__, "--steps", str(arguments.steps), "--child", contender, folder]
+                options = ["--steps", str(arguments.steps), "--precision", arguments.precision]
+                command = [sys.executable, __file__, *options, "--child", contender, folder]
                 environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
                 done = subprocess.run(
                     [*command, f"run{round_number}{place}"], env=environment, check=True, capture_output=True, text=True

@@ -132,7 +132,7 @@ def _optimizer(module: nn.Module, settings: Settings) -> torch.optim.Optimizer:
         from deepspeed.ops.adam import DeepSpeedCPUAdam  # compiles an operator: only where it is used
 
         return DeepSpeedCPUAdam(groups, adamw_mode=True, **options)
-    return torch.optim.AdamW(groups, fused=torch.cuda.is_available(), **options)
+    return torch.optim.AdamW(groups, fused=True, **options)
 
 
 class _Collector(TorchCheckpointEngine):
@@ -170,6 +170,8 @@ class DeepSpeedEngine:
         self._engine, _, _, _ = deepspeed.initialize(
             model=module, optimizer=optimizer, config=deepspeed_settings(settings, layout)
         )
+        if layout.world_size == 1 and settings.zero.stage == 0:
+            self._engine.enable_backward_allreduce = False  # DeepSpeed would copy all gradients to and fro for nobody
         self.module: nn.Module = self._engine.module
         if self._engine.zero_nvme_offload_optimizer():
             raise ValueError(

@@ -29,8 +29,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Several pieces, the last one smaller."""
+    """Several pieces, the last one smaller, and several parts of each, by rows and by entries of the vocabulary."""
     monkeypatch.setattr(loss_head, "rows_at_once", lambda dim: 20)
+    monkeypatch.setattr(loss_head, "_NUMBERS_IN_CACHE", 1000)
 
 
 class LargestTensor(TorchDispatchMode):

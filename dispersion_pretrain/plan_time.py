@@ -26,6 +26,8 @@ _BACKWARD_SHARE = 2 / 3  # of a micro-step's computation
 # Bytes that an update reads and writes for each number, besides the working weight and the gradient in its own type:
 # the master twice, both moments twice, the float32 gradient once.
 _UPDATE_BYTES = 28
+# Passes over all gradients, each read and written, before they are reduced: into .grad, into ZeRO's bucket, out of it.
+_GRADIENT_COPIES = 3
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ class StepTime:
     term: float  # computation of the dispersion term
     zero: float  # ZeRO's communication
     pool: float  # the pool's
-    update: float
+    update: float  # the optimizer's, and ZeRO's copies of gradients on the way there
     checkpoint: float  # stall of a save, spread over the steps between saves
     hidden: float  # communication that runs beside computation, no part of the total
 
@@ -200,16 +202,23 @@ def _term_s(settings: Settings, layout: BatchLayout, machine: Machine, *, layers
 
 
 def _update_s(settings: Settings, layout: BatchLayout, part: Shards, machine: Machine, gpus_per_node: int) -> float:
-    """One pass over this rank's optimizer state, in the GPU's memory or in the host's, with the way there and back."""
-    size = working_bytes(settings)
+    """Gradients into ZeRO's buffers, and one pass over this rank's optimizer state, in the GPU's memory or in the
+    host's, with the way there and back.
+    """
+    size, memory = working_bytes(settings), machine.memory_gb_s * 1e9
+    copying = 0.0
+    if layout.world_size > 1 or settings.zero.stage > 0:
+        rounds = layout.accumulation if settings.zero.stage >= 2 else 1
+        copied = 2 * _GRADIENT_COPIES * size * part.whole * rounds
+        copying = copied / (memory * (machine.traffic_efficiency if machine.mfu is None else 1.0))
     num_bytes = part.own * (_UPDATE_BYTES + 2 * size)
     if not settings.zero.offload_optimizer:
-        return num_bytes / (machine.memory_gb_s * 1e9)
+        return copying + num_bytes / memory
     on_node = min(gpus_per_node, layout.world_size)
     host = machine.host_memory_gb_s * 1e9 * machine.host_efficiency / on_node
     link = machine.host_link_gb_s * 1e9 * machine.host_efficiency
     gradients = part.own * size * (layout.accumulation if settings.zero.stage >= 2 else 1)
-    return num_bytes / host + (gradients + part.own * size) / link
+    return copying + num_bytes / host + (gradients + part.own * size) / link
 
 
 @dataclass(frozen=True)

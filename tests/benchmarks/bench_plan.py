@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import statistics
 import subprocess
 import sys
 import time
@@ -32,7 +33,7 @@ from dispersion_pretrain.plan_machine import Machine
 from dispersion_pretrain.settings_file import parse_settings
 from measured_step import measure
 
-LENGTH, VOCABULARY = 256, 4096
+LENGTH, VOCABULARY, BUCKET = 256, 4096, 1_000_000
 POOL = {"pool_sequences": 8, "tokens_per_sequence": 64}
 CASES: dict[str, dict[str, Any]] = {  # the first two tell the rates
     "4 x 256, ZeRO-1 *": {},
@@ -53,35 +54,36 @@ def settings_of(
     layers: int = 4,
     width: int = 256,
     stage: int = 1,
+    sequences: int = 8,
     micro_batch: int = 8,
     recompute: bool = False,
     term: dict[str, Any] | None = None,
 ) -> Settings:
-    """8 sequences a rank and step; buckets as small as the models are."""
+    """So many sequences a rank and step; buckets as small as the models are."""
     fields = {
         "model_type": "gpt2", "n_layer": layers, "n_embd": width, "n_head": width // 64, "n_positions": LENGTH,
         "vocab_size": VOCABULARY, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0,
     }  # fmt: skip
-    tokens = 8 * ranks * LENGTH
+    tokens = sequences * ranks * LENGTH
     tree = {
         "model": {"config": fields, "activation_checkpointing": recompute},
         "data": {"corpus": "none", "sequence_length": LENGTH},
         "training": {"global_batch_tokens": tokens, "max_tokens": 100 * tokens, "micro_batch": micro_batch},
         "dispersion": term,
-        "zero": {"stage": stage, "overrides": {"zero_optimization": {"reduce_bucket_size": 1_000_000}}},
+        "zero": {"stage": stage, "overrides": {"zero_optimization": {"reduce_bucket_size": BUCKET}}},
     }
     return parse_settings(tree, "benchmark")
 
 
-def seconds(function: Callable[[], Any], rounds: int = 7) -> float:
-    """The fastest of several calls."""
+def seconds(function: Callable[[], Any], rounds: int = 15) -> float:
+    """Median of calls that follow each other without a pause, so that ranks that share a core share it."""
     times = []
+    dist.barrier()
     for _ in range(rounds):
-        dist.barrier()
         begin = time.perf_counter()
         function()
         times.append(time.perf_counter() - begin)
-    return min(times)
+    return statistics.median(times)
 
 
 def this_machine() -> Machine:
@@ -94,7 +96,8 @@ def this_machine() -> Machine:
     if ranks > 1:
         small = torch.zeros(1)
         hop = seconds(lambda: dist.all_reduce(small)) / (ranks - 1)
-        link = 2 * (ranks - 1) / ranks * source.nbytes / seconds(lambda: dist.all_reduce(source))
+        bucket = source[:BUCKET]
+        link = 2 * (ranks - 1) / ranks * bucket.nbytes / seconds(lambda: dist.all_reduce(bucket))
     return Machine(
         name="CPU", bf16_tflops=flops / 1e12, float32_tflops=flops / 1e12, memory_gib=64, memory_gb_s=memory / 1e9,
         nvlink_gb_s=link / 1e9, internode_gb_s=link / 1e9, host_memory_gib=64, host_memory_gb_s=memory / 1e9,
@@ -169,6 +172,15 @@ def rank_job(rounds: int) -> None:
         )
 
 
+def start_ranks(script: str, ranks: int, *options: str) -> None:
+    """Run a script under torchrun, a thread a rank."""
+    # Memory that is freed goes back to the kernel at once, so that its count of the process is one of the step.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "DS_ACCELERATOR": "cpu"}
+    torchrun = str(Path(sys.executable).with_name("torchrun"))
+    command = [torchrun, "--standalone", "--nproc_per_node", str(ranks), script, *options]
+    subprocess.run(command, env=environment, check=True, stderr=subprocess.DEVNULL)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5, help="timed steps of a case")
@@ -178,20 +190,8 @@ def main() -> None:
         rank_job(arguments.rounds)
         sys.stdout.flush()
         os._exit(0)
-    # Memory that is freed goes back to the kernel at once, so that its count of the process is one of the step.
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "DS_ACCELERATOR": "cpu"}
     for ranks in arguments.ranks:
-        torchrun = Path(sys.executable).with_name("torchrun")
-        command = [
-            str(torchrun),
-            "--standalone",
-            "--nproc_per_node",
-            str(ranks),
-            __file__,
-            "--rounds",
-            str(arguments.rounds),
-        ]
-        subprocess.run(command, env=environment, check=True, stderr=subprocess.DEVNULL)
+        start_ranks(__file__, ranks, "--rounds", str(arguments.rounds))
 
 
 if __name__ == "__main__":

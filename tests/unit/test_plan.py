@@ -236,6 +236,17 @@ class TestTraffic:
         sent = traffic(settings, layout, part, layers=0, width=32)
         assert (sent.reduction, sent.parameters, sent.pool) == (reduction * 4 * 75, parameters * 4 * 75, 0)
 
+    @pytest.mark.parametrize(
+        ("stage", "micro_batch", "times"), [(0, 16, 0), (1, 16, 1), (1, 4, 1), (2, 16, 1), (2, 4, 4)]
+    )
+    def test_gradients_are_copied_as_often_as_they_are_reduced(self, stage: int, micro_batch: int, times: int) -> None:
+        settings = small(zero__stage=stage, training__micro_batch=micro_batch)
+        slow, fast = (
+            planner(settings, gpus=1, memory_gb_s=1.0, traffic_efficiency=share).chosen for share in (0.5, 1.0)
+        )
+        numbers = slow.memory.parameters / 2  # in bf16, of which each is read and written thrice
+        assert slow.time.update - fast.time.update == pytest.approx(times * 6 * 2 * numbers * 1e-9)
+
 
 class TestPlanner:
     def test_the_largest_micro_batch_is_the_largest_that_fits(self) -> None:

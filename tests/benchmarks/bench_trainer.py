@@ -28,11 +28,11 @@ import dispersion_pretrain  # noqa: F401  (before transformers, which imports to
 # isort: split
 import numpy as np
 import torch
-import yaml
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2Config, Trainer, TrainerCallback, TrainingArguments
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from benchmarks.pretrain_run import run_pretrain  # noqa: E402
 from numerics.plain_dispersion import plain_dispersion_loss  # noqa: E402
 from token_corpus import write_token_corpus  # noqa: E402
 
@@ -41,7 +41,6 @@ GPT2 = {
     "model_type": "gpt2", "n_layer": 4, "vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 0,
     "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0,
 }  # fmt: skip
-PRETRAIN = Path(__file__).resolve().parents[2] / "launch" / "pretrain.py"
 CONTENDERS = ("Trainer", "Trainer, no dispersion", "ours", "ours, no dispersion")
 
 
@@ -54,28 +53,18 @@ def blocks(steps: int) -> np.ndarray[Any, np.dtype[np.uint16]]:
 def run_ours(folder: Path, name: str, steps: int, coefficient: float, precision: str) -> dict[str, float]:
     """One run of launch/pretrain.py."""
     settings: dict[str, Any] = {
-        "run": {"name": name, "folder": str(folder / "runs" / name), "seed": 0},
         "model": {"config": GPT2, "precision": precision},
         "data": {"corpus": str(folder / "corpus"), "sequence_length": LENGTH, "shuffle": "none"},
         "training": {"global_batch_tokens": SEQUENCES * LENGTH, "max_tokens": steps * SEQUENCES * LENGTH},
         "optimizer": {"learning_rate": 1e-4, "weight_decay": 0.1},
         "schedule": {"kind": "constant"},
         "zero": {"stage": 0},
-        "logging": {"every_steps": 1},
-        "validation": None,
-        "condensation": None,
     }
     if coefficient:
         settings["dispersion"] = {
             "coefficient": coefficient, "pool_sequences": 1, "tokens_per_sequence": TOKENS, "norm_epsilon": 1e-2,
         }  # fmt: skip
-    config = folder / f"{name}.yaml"
-    config.write_text(yaml.safe_dump(settings))
-    done = subprocess.run([sys.executable, str(PRETRAIN), "--config", str(config)], capture_output=True, text=True)
-    if done.returncode != 0:
-        raise SystemExit(done.stderr[-3000:])
-    lines = (folder / "runs" / name / "metrics.jsonl").read_text().splitlines()
-    records = [record for record in map(json.loads, lines) if "step_time_s" in record]
+    records = run_pretrain(folder, name, settings)
     return {
         "seconds": statistics.median(record["step_time_s"] for record in records[3:]),
         "loss": records[-1]["loss/cross_entropy"],

@@ -1,0 +1,127 @@
+"""Training on one GPU: tokens a second, model FLOPs utilisation, peak memory, and what the dispersion term adds.
+
+GPT2-small at 1,024 tokens and Qwen3-0.6B at 2,048 in bf16, eager and compiled, without and with the term (pools of one
+sequence, 256 tokens, all layers). Each is a run of launch/pretrain.py; the two of a pair take turns, and figures are
+medians of the steps of the second half. Without a GPU nothing is measured. --tiny makes models of two narrow layers, to
+try the path on CPUs.
+
+To stand beside: llm-foundry reports 44.8 % for 125M on an A100 and 41.8 % for 1B on an H100, torchtitan 33 to 39 % for
+8B on H100s; the paper finds its term to cost 1.01.
+
+Run: python tests/benchmarks/bench_gpu.py [--rounds N] [--steps N] [--tiny]
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import dispersion_pretrain  # noqa: F401  (before streaming, which imports torchvision)
+
+# isort: split
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from benchmarks.pretrain_run import run_pretrain  # noqa: E402
+from token_corpus import write_token_corpus  # noqa: E402
+
+TERM = {"coefficient": 0.1, "pool_sequences": 1, "tokens_per_sequence": 256, "norm_epsilon": 1e-2}
+TINY = {
+    "gpt2_small": {"model_type": "gpt2", "n_layer": 2, "n_embd": 64, "n_head": 2, "vocab_size": 50257},
+    "qwen3_0.6b": {
+        "model_type": "qwen3", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "head_dim": 16,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 50257,
+    },
+}  # fmt: skip
+VOCABULARY = 50257  # ids of the samples: below both models' sizes
+
+
+class Case(NamedTuple):
+    """A model and its batch."""
+
+    model: str
+    length: int
+    sequences: int  # of a micro-batch, of which a step has one
+
+
+CASES = [Case("gpt2_small", 1024, 32), Case("qwen3_0.6b", 2048, 8)]
+
+
+def settings(case: Case, folder: Path, steps: int, *, tiny: bool, compiled: bool) -> dict[str, Any]:
+    """All but the dispersion section."""
+    model: Any = TINY[case.model] if tiny else case.model
+    tokens = case.sequences * case.length
+    return {
+        "model": {"config": model, "precision": "bf16", "compile": compiled},
+        "data": {"corpus": str(folder / f"corpus{case.length}"), "sequence_length": case.length},
+        "training": {"global_batch_tokens": tokens, "max_tokens": steps * tokens, "micro_batch": case.sequences},
+        "optimizer": {"learning_rate": 3e-4},
+        "schedule": {"kind": "constant"},
+        "zero": {"stage": 1},
+    }
+
+
+def measured(records: list[dict[str, Any]]) -> dict[str, float]:
+    """Medians of the second half of the steps."""
+    late = records[len(records) // 2 :]
+    return {
+        name: statistics.median(record.get(name, float("nan")) for record in late)
+        for name in ("step_time_s", "tokens_per_s", "mfu", "memory_gib")
+    }
+
+
+def compare(case: Case, folder: Path, arguments: argparse.Namespace, *, compiled: bool) -> None:
+    """Print the two rows of a model."""
+    rows: dict[str, list[dict[str, float]]] = {"without": [], "with": []}
+    for round_number in range(arguments.rounds):
+        for name, results in rows.items():
+            tree = settings(case, folder, arguments.steps, tiny=arguments.tiny, compiled=compiled)
+            if name == "with":
+                tree["dispersion"] = TERM
+            run = f"{case.model}_{'compiled' if compiled else 'eager'}_{name}_{round_number}"
+            results.append(measured(run_pretrain(folder, run, tree)))
+    for name, results in rows.items():
+        overhead = statistics.median(
+            one["step_time_s"] / base["step_time_s"] for one, base in zip(results, rows["without"], strict=True)
+        )
+        middle = {key: statistics.median(result[key] for result in results) for key in results[0]}
+        print(
+            f"{case.model:<14}{'compiled' if compiled else 'eager':<10}{name:<10}{middle['step_time_s'] * 1e3:>10.1f}"
+            f"{middle['tokens_per_s']:>12,.0f}{middle['mfu']:>8.1%}{middle['memory_gib']:>8.1f}{overhead:>10.3f}",
+            flush=True,
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--tiny", action="store_true", help="narrow models of two layers, compiled nowhere")
+    arguments = parser.parse_args()
+    if not (torch.cuda.is_available() or arguments.tiny):
+        print("no GPU here: nothing is measured")
+        return
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    cases = [case._replace(length=256, sequences=2) for case in CASES] if arguments.tiny else CASES
+    print(f"{device}, torch {torch.__version__}, bf16; medians of {arguments.rounds} rounds", flush=True)
+    print(f"{'model':<14}{'':<10}{'term':<10}{'ms a step':>10}{'tokens/s':>12}{'MFU':>8}{'GiB':>8}{'overhead':>10}")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for case in cases:
+            corpus = folder / f"corpus{case.length}"
+            if not corpus.exists():
+                shape = (case.sequences * arguments.steps, case.length // 4)
+                ids = np.random.default_rng(0).integers(0, VOCABULARY, shape, dtype=np.uint16)
+                sequences = np.repeat(ids, 4, axis=1)
+                write_token_corpus(corpus, {"train": sequences, "validation": sequences[:8]}, vocabulary=VOCABULARY)
+            for compiled in (False, True)[: 1 if arguments.tiny else 2]:
+                compare(case, folder, arguments, compiled=compiled)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,12 +1,13 @@
 """A training run of ours beside transformers' Trainer with the dispersion loss under autograd, the authors' way.
 
 Each is a whole process on one rank: the same model (GPT2-small's shape with 4 layers), the same initial weights, the
-same sequences of 512 tokens in the same order, float32, AdamW, a clipped gradient, 4 sequences a step. The Trainer asks
-the model for all hidden states and differentiates the loss of 256 positions of each sequence and layer. Ours is
-launch/pretrain.py with its defaults, pools of one sequence. Processes take turns; seconds are medians of steps, the
-first three left out, then of rounds; memory is the peak of the process.
+same sequences of 512 tokens in the same order, AdamW, a clipped gradient, 4 sequences a step. In bf16 ours has working
+weights in bf16 beside its masters, where the Trainer casts float32 weights at each use. The Trainer asks the model for
+all hidden states and differentiates the loss of 256 positions of each sequence and layer. Ours is launch/pretrain.py
+with its defaults, pools of one sequence. Processes take turns; seconds are medians of steps, the first three left out,
+then of rounds; memory is the peak of the process.
 
-Run: python tests/benchmarks/bench_trainer.py [--rounds N] [--steps N]
+Run: python tests/benchmarks/bench_trainer.py [--rounds N] [--steps N] [--precision bf16]
 """
 
 from __future__ import annotations

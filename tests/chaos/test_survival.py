@@ -150,7 +150,7 @@ def without_tensorboards_traceback(output: str) -> str:
 
 
 def test_only_tensorboards_traceback_is_left_out() -> None:
-    begin, end = "Exception in thread Thread-3:\nTraceback (most recent call last):\n", "OSError: [Errno 28] No space left\n"
+    begin, end = "Exception in thread T-3:\nTraceback (most recent call last):\n", "OSError: [Errno 28] full\n"
     caught = f'  File "{PACKAGE}/metrics.py", line 182, in _surviving_a_full_disk\n    yield\n'
     thread = '  File "/x/tensorboard/summary/writer/event_file_writer.py", line 244, in run\n    self._run()\n'
     theirs = begin + caught + thread + thread.replace("in run", "in _run") + end

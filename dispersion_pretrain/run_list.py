@@ -99,7 +99,7 @@ def _state_and_note(run: Path, entry: slurm.QueueEntry | None, *, was_submitted:
     ranks = len(list(folder.glob("rank_*.json"))) if first is not None else 0
     if first is not None and _is_alive(first, ranks):
         return "running", first.phase
-    if entry is not None:
+    if entry is not None and entry.state != "COMPLETING":  # which ends, to be requeued or not: its ranks tell
         return "starting", entry.state.lower()
     beats = heartbeat.read_beats(folder)
     if beats:

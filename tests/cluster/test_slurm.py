@@ -92,7 +92,8 @@ def disturbed(slurm: SlurmCluster, corpus: Path, tmp_path_factory: pytest.TempPa
     hours, minutes, seconds = (int(part) for part in slurm.job(job)["RunTime"].split(":"))
     limit = (hours * 3600 + minutes * 60 + seconds + 45) // 60 + 1
     slurm.call("scontrol", "update", f"JobId={job}", f"TimeLimit={limit}")
-    wait_for(lambda: slurm.job(job)["Restarts"] == "1", 100, explain)
+    # For a moment the requeued job is still COMPLETING. Then it is PENDING for two minutes, longer than a look takes.
+    wait_for(lambda: (slurm.job(job)["Restarts"], slurm.states()[job]) == ("1", "PENDING"), 100, explain)
     look()
     slurm.call("scontrol", "update", f"JobId={job}", "TimeLimit=30")
     warned = last_step(run)

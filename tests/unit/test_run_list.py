@@ -114,6 +114,8 @@ def queue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("7 RUNNING 0 None", [], "starting", "running"),
         ("7 RUNNING 1 None", [{"exit_code": 85}], "starting", "running"),
         ("7 RUNNING 1 None", [ALIVE], "running", "update"),
+        ("7 COMPLETING 1 None", [{"exit_code": 85}], "stopped", ""),
+        ("7 COMPLETING 0 None", [ALIVE], "running", "update"),
         ("8 RUNNING 1 None", [], "crashed", "before it trained"),
         ("", [{"exit_code": 85}], "stopped", ""),
     ],

@@ -10,7 +10,8 @@ from pathlib import Path
 
 SEEDS = (0, 1, 2)
 FOLDER = Path("runs/evidence")
-SMOLLM2, TEACHER = FOLDER / "models" / "smollm2", FOLDER / "models" / "teacher"
+MODELS = FOLDER / "models"
+SMOLLM2 = MODELS / "smollm2"
 UNTOUCHED = FOLDER / "untouched"  # scores of SmolLM2 before any training
 SCRATCH_CONFIG, SMOLLM2_CONFIG = "configs/evidence/scratch.yaml", "configs/evidence/smollm2.yaml"
 # Corpus -> tokenizer. A tenth is held out: 84 sequences, the demo's share, would be few for a comparison.
@@ -28,6 +29,19 @@ class Arm:
     processes: int = 2
     seeds: tuple[int, ...] = SEEDS
     examples: int = 100  # of each task; the suite has more
+    teacher: Arm | None = None  # its first run is distilled into these
+
+    @property
+    def settings(self) -> tuple[str, ...]:
+        """What the configuration is changed by: the arm's own, and its teacher."""
+        if self.teacher is None:
+            return self.overrides
+        return (*self.overrides, f"distillation.teacher={self.teacher.model_folder}")
+
+    @property
+    def model_folder(self) -> Path:
+        """Where the exported model of the first seed lies, if the arm is a teacher."""
+        return MODELS / self.name
 
     def run_folder(self, seed: int) -> Path:
         """Where the run of a seed lies."""
@@ -56,8 +70,11 @@ WIDE = Arm("wide", SCRATCH_CONFIG, ("model.config.n_inner=2048",))
 DISPERSION = Arm("dispersion", SCRATCH_CONFIG, _OF_THE_PAPER)
 # The whole global batch of 16 sequences, gathered over both processes, is one set of 512.
 POOLED = Arm("pooled", SCRATCH_CONFIG, _term("pool_sequences=16", "tokens_per_sequence=32", "norm_epsilon=1e-2"))
-DISTILLED = Arm("distilled", SCRATCH_CONFIG, (f"distillation.teacher={TEACHER}",))
-TEACHER_RUN = Arm("teacher", SCRATCH_CONFIG, ("model.config.n_embd=256",), seeds=SEEDS[:1])
+_TWICE_AS_WIDE = ("model.config.n_embd=256",)
+TEACHER = Arm("teacher", SCRATCH_CONFIG, _TWICE_AS_WIDE, seeds=SEEDS[:1])
+DISPERSED_TEACHER = Arm("dispersed-teacher", SCRATCH_CONFIG, (*_TWICE_AS_WIDE, *_OF_THE_PAPER), seeds=SEEDS[:1])
+DISTILLED = Arm("distilled", SCRATCH_CONFIG, teacher=TEACHER)
+DISTILLED_FROM_DISPERSED = Arm("distilled-from-dispersed", SCRATCH_CONFIG, teacher=DISPERSED_TEACHER)
 # One process with both cores: two would hold the weights, 0.5 GB of float32, twice. 100 examples would take minutes.
 SMOLLM2_BASELINE = Arm("smollm2-baseline", SMOLLM2_CONFIG, processes=1, examples=40)
 SMOLLM2_DISPERSION = Arm("smollm2-dispersion", SMOLLM2_CONFIG, _OF_THE_PAPER, processes=1, examples=40)
@@ -71,6 +88,8 @@ QUESTIONS = (
         (SMOLLM2_BASELINE, SMOLLM2_DISPERSION),
     ),
     Question(
-        "distillation", "Does distillation from a wider model transfer dispersion?", (BASELINE, DISTILLED, TEACHER_RUN)
+        "distillation",
+        "Does distillation from a wider model transfer dispersion?",
+        (BASELINE, DISTILLED, DISTILLED_FROM_DISPERSED, TEACHER, DISPERSED_TEACHER),
     ),
 )

@@ -32,8 +32,8 @@ def main() -> None:
         )  # fmt: skip
     arms = dict.fromkeys(arm for question in experiments.QUESTIONS for arm in question.arms)
     for arm in arms:
-        if arm is experiments.DISTILLED:
-            _make_teacher()
+        if arm.teacher:
+            _make_teacher(arm.teacher)
         for seed in arm.seeds:
             _train(arm, seed)
             _evaluate(str(arm.run_folder(seed)), arm.examples)
@@ -42,11 +42,10 @@ def main() -> None:
     _evaluate(str(experiments.SMOLLM2), examples, "--corpus", corpus, "--out", str(experiments.UNTOUCHED))
 
 
-def _make_teacher() -> None:
-    arm = experiments.TEACHER_RUN
+def _make_teacher(arm: Arm) -> None:
     _train(arm, arm.seeds[0])
-    if not experiments.TEACHER.exists():
-        _run("launch/export_hf.py", str(arm.run_folder(arm.seeds[0])), "--out", str(experiments.TEACHER))
+    if not arm.model_folder.exists():
+        _run("launch/export_hf.py", str(arm.run_folder(arm.seeds[0])), "--out", str(arm.model_folder))
 
 
 def _train(arm: Arm, seed: int) -> None:
@@ -59,7 +58,7 @@ def _train(arm: Arm, seed: int) -> None:
     started = time.monotonic()
     command = [
         "deepspeed", "--num_gpus", str(arm.processes), "--master_port", str(port), "launch/pretrain.py",
-        "--config", arm.config, *arm.overrides,
+        "--config", arm.config, *arm.settings,
         f"run.seed={seed}", f"run.name={folder.name}", f"run.folder={folder}",
     ]  # fmt: skip
     threads = max(1, len(os.sched_getaffinity(0)) // arm.processes)
@@ -69,7 +68,7 @@ def _train(arm: Arm, seed: int) -> None:
 
 def _is_finished(arm: Arm, folder: Path) -> bool:
     """Whether the checkpoint of the last step is there."""
-    return committed_steps(folder)[-1:] == [load_settings(arm.config, list(arm.overrides)).num_steps]
+    return committed_steps(folder)[-1:] == [load_settings(arm.config, list(arm.settings)).num_steps]
 
 
 def _evaluate(model: str, examples: int, *more: str) -> None:

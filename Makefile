@@ -8,6 +8,7 @@ PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/.installed
 PEER := $(VENV)/.peer
+KERNELS := $(VENV)/kernels
 CORPUS := data/python-docs
 
 # For ninja, which DeepSpeed calls by name to build its operators, and for `python` in the recipes.
@@ -48,6 +49,12 @@ $(PEER): $(STAMP)
 	python -m pip install --quiet --no-deps embedding-condensation==2.0
 	@touch $@
 
+# Liger's kernels and Triton, whose interpreter runs them without a GPU: 700 MB beside the environment, not in it, as torch
+# and DeepSpeed take other paths where they find Triton.
+$(KERNELS): $(STAMP)
+	python -m pip install --quiet --no-deps -c constraints.txt --upgrade --target $@ liger-kernel triton==3.9.0
+	@touch $@
+
 corpus: $(CORPUS)/corpus.json ## tokenize the documentation that Python carries into data/python-docs
 
 $(CORPUS)/corpus.json: | $(STAMP)
@@ -71,7 +78,7 @@ demo: corpus ## train a small model without and with the dispersion loss; ends w
 	done
 	@python launch/report.py runs/demo_baseline runs/demo --out "$$PWD/runs/demo/report.html"
 
-test: setup $(PEER) ## all tests that need neither a GPU nor a cluster
+test: setup $(PEER) $(KERNELS) ## all tests that need neither a GPU nor a cluster
 	$(CLEAR_LOCKS)
 	python -m pytest $(SIDE_BY_SIDE)
 

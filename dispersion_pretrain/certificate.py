@@ -34,8 +34,8 @@ _SMALLEST = 1e-6  # of what a difference is taken relative to
 _ON_PURPOSE = ("optimizer.", "schedule.", "dispersion", "training.max_tokens", "distillation.teacher")
 _DRAWS = ("world size", "micro-batch", "device")
 _ROUNDING = (
-    *_DRAWS, "zero.", "versions.", "git commit", "model.attention", "model.compile", "model.activation_checkpointing",
-    "distillation.sharded",
+    *_DRAWS, "zero.", "versions.", "git commit", "model.attention", "model.compile", "model.kernels",
+    "model.activation_checkpointing", "distillation.sharded",
 )  # fmt: skip
 
 _log = logging.getLogger(__name__)

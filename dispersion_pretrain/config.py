@@ -61,6 +61,9 @@ class ModelSettings(_Section):
         False, description="recompute blocks in the backward pass: true: each; a number k: every k-th"
     )
     compile: bool = Field(False, description="torch.compile the model")
+    kernels: Literal["torch", "liger"] = Field(
+        "torch", description="of RMSNorm, rotary embeddings and SwiGLU; liger: fused, for GPUs (extra gpu)"
+    )
     loss_head: Literal["pieces", "whole"] = Field(
         "pieces",
         description="pieces: logits of a few tokens at a time, where a family's head is a bare matrix; whole: of all",
@@ -79,6 +82,8 @@ class ModelSettings(_Section):
                 "config: model_type is missing. Any causal language model of transformers is allowed, such as gpt2 "
                 "or qwen3. Add model_type."
             )
+        if self.compile and self.kernels == "liger":
+            raise ValueError("kernels: compile fuses these operations itself. Set kernels: torch or compile: false.")
         return self
 
 

@@ -13,6 +13,7 @@ from transformers.activations import AccurateGELUActivation, FastGELUActivation,
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from dispersion_pretrain.config import ModelSettings
+from dispersion_pretrain.fused_kernels import refuse_unknown_family, use_fused_kernels
 from dispersion_pretrain.loss_head import CrossEntropyHead
 
 # A model may hold a few more entries than its tokenizer (rounding up for speed); past this it is another tokenizer's.
@@ -38,7 +39,8 @@ def model_config(settings: ModelSettings, *, vocabulary: int | None, sequence_le
     A from-scratch config without vocab_size takes the corpus' vocabulary. `vocabulary` None: the corpus is not known.
 
     Raises:
-        ValueError: unknown model type or field, too few positions, or a vocabulary that is not the corpus'.
+        ValueError: unknown model type or field, too few positions, a vocabulary that is not the corpus', or no fused
+            kernels for it where they are asked for.
     """
     if settings.config is not None:
         if vocabulary is None and "vocab_size" not in settings.config:
@@ -75,6 +77,8 @@ def model_config(settings: ModelSettings, *, vocabulary: int | None, sequence_le
                 "name where the hub can be reached, is needed. Correct the path."
             ) from None
     _check_fit(config, vocabulary=vocabulary, sequence_length=sequence_length)
+    if settings.kernels == "liger":
+        refuse_unknown_family(config)
     return config
 
 
@@ -134,7 +138,7 @@ def build_model(settings: ModelSettings, config: PretrainedConfig) -> PreTrained
     Every rank that seeds alike builds the same weights, whatever the ZeRO stage.
 
     Raises:
-        ValueError: pretrained weights that do not load, or blocks that cannot be recomputed as asked.
+        ValueError: pretrained weights that do not load, or blocks that cannot be recomputed or fused as asked.
     """
     options: dict[str, Any] = {"attn_implementation": settings.attention}
     if settings.pretrained is not None:
@@ -160,6 +164,8 @@ def build_model(settings: ModelSettings, config: PretrainedConfig) -> PreTrained
     if settings.loss_head == "pieces" and has_bare_head(config):
         CrossEntropyHead.take_over(model.get_output_embeddings())
     _fuse_activations(model)
+    if settings.kernels == "liger":
+        use_fused_kernels(model)
     return model
 
 

@@ -1,9 +1,9 @@
 """Training on one GPU: tokens a second, model FLOPs utilisation, peak memory, and what the dispersion term adds.
 
-GPT2-small at 1,024 tokens and Qwen3-0.6B at 2,048 in bf16, eager and compiled, without and with the term (pools of one
-sequence, 256 tokens, all layers). Each is a run of launch/pretrain.py; the two of a pair take turns, and figures are
-medians of the steps of the second half. Without a GPU nothing is measured. --tiny makes models of two narrow layers, to
-try the path on CPUs.
+GPT2-small at 1,024 tokens and Qwen3-0.6B at 2,048 in bf16, eager, compiled and (where it has kernels) with liger-kernel
+of the extra gpu, without and with the term (pools of one sequence, 256 tokens, all layers). Each is a run of
+launch/pretrain.py; the two of a pair take turns, and figures are medians of the steps of the second half. Without a GPU
+nothing is measured. --tiny makes models of two narrow layers, to try the path on CPUs.
 
 To stand beside: llm-foundry reports 44.8 % for 125M on an A100 and 41.8 % for 1B on an H100, torchtitan 33 to 39 % for
 8B on H100s; the paper finds its term to cost 1.01.
@@ -47,17 +47,21 @@ class Case(NamedTuple):
     model: str
     length: int
     sequences: int  # of a micro-batch, of which a step has one
+    ways: tuple[str, ...]
 
 
-CASES = [Case("gpt2_small", 1024, 32), Case("qwen3_0.6b", 2048, 8)]
+WAYS: dict[str, dict[str, Any]] = {"eager": {}, "compiled": {"compile": True}, "liger": {"kernels": "liger"}}
+CASES = [
+    Case("gpt2_small", 1024, 32, ("eager", "compiled")), Case("qwen3_0.6b", 2048, 8, ("eager", "compiled", "liger")),
+]  # fmt: skip
 
 
-def settings(case: Case, folder: Path, steps: int, *, tiny: bool, compiled: bool) -> dict[str, Any]:
+def settings(case: Case, folder: Path, steps: int, *, tiny: bool, way: str) -> dict[str, Any]:
     """All but the dispersion section."""
     model: Any = TINY[case.model] if tiny else case.model
     tokens = case.sequences * case.length
     return {
-        "model": {"config": model, "precision": "bf16", "compile": compiled},
+        "model": {"config": model, "precision": "bf16", **WAYS[way]},
         "data": {"corpus": str(folder / f"corpus{case.length}"), "sequence_length": case.length},
         "training": {"global_batch_tokens": tokens, "max_tokens": steps * tokens, "micro_batch": case.sequences},
         "optimizer": {"learning_rate": 3e-4},
@@ -75,15 +79,15 @@ def measured(records: list[dict[str, Any]]) -> dict[str, float]:
     }
 
 
-def compare(case: Case, folder: Path, arguments: argparse.Namespace, *, compiled: bool) -> None:
+def compare(case: Case, folder: Path, arguments: argparse.Namespace, way: str) -> None:
     """Print the two rows of a model."""
     rows: dict[str, list[dict[str, float]]] = {"without": [], "with": []}
     for round_number in range(arguments.rounds):
         for name, results in rows.items():
-            tree = settings(case, folder, arguments.steps, tiny=arguments.tiny, compiled=compiled)
+            tree = settings(case, folder, arguments.steps, tiny=arguments.tiny, way=way)
             if name == "with":
                 tree["dispersion"] = TERM
-            run = f"{case.model}_{'compiled' if compiled else 'eager'}_{name}_{round_number}"
+            run = f"{case.model}_{way}_{name}_{round_number}"
             results.append(measured(run_pretrain(folder, run, tree)))
     for name, results in rows.items():
         overhead = statistics.median(
@@ -91,7 +95,7 @@ def compare(case: Case, folder: Path, arguments: argparse.Namespace, *, compiled
         )
         middle = {key: statistics.median(result[key] for result in results) for key in results[0]}
         print(
-            f"{case.model:<14}{'compiled' if compiled else 'eager':<10}{name:<10}{middle['step_time_s'] * 1e3:>10.1f}"
+            f"{case.model:<14}{way:<10}{name:<10}{middle['step_time_s'] * 1e3:>10.1f}"
             f"{middle['tokens_per_s']:>12,.0f}{middle['mfu']:>8.1%}{middle['memory_gib']:>8.1f}{overhead:>10.3f}",
             flush=True,
         )
@@ -101,7 +105,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--tiny", action="store_true", help="narrow models of two layers, compiled nowhere")
+    parser.add_argument("--tiny", action="store_true", help="narrow models of two layers, eager only")
     arguments = parser.parse_args()
     if not (torch.cuda.is_available() or arguments.tiny):
         print("no GPU here: nothing is measured")
@@ -119,8 +123,8 @@ def main() -> None:
                 ids = np.random.default_rng(0).integers(0, VOCABULARY, shape, dtype=np.uint16)
                 sequences = np.repeat(ids, 4, axis=1)
                 write_token_corpus(corpus, {"train": sequences, "validation": sequences[:8]}, vocabulary=VOCABULARY)
-            for compiled in (False, True)[: 1 if arguments.tiny else 2]:
-                compare(case, folder, arguments, compiled=compiled)
+            for way in case.ways[: 1 if arguments.tiny else None]:
+                compare(case, folder, arguments, way)
 
 
 if __name__ == "__main__":

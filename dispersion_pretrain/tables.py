@@ -14,12 +14,14 @@ from dispersion_pretrain.arms import Arm
 from dispersion_pretrain.comparison import Difference, Wilcoxon
 from dispersion_pretrain.outcomes import Cell, Line, SuiteOutcome
 
+_KEY_WIDTH = 1.4  # of the first column of a LaTeX table, in mean widths
 MINUS, MISSING = "\u2212", "–"
 _LATEX = {
     "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}",
     ">": r"\textgreater{}", "|": r"\textbar{}", '"': r"\textquotedbl{}", MINUS: "$-$", MISSING: "--", "·": r"$\cdot$",
     "×": r"$\times$", "→": r"$\rightarrow$", "±": r"$\pm$", "ρ": r"$\rho$", "\u00a0": "~", "[": "{[}", "]": "{]}",
-} | {character: f"\\{character}" for character in "&%$#_{}"}  # fmt: skip
+    "_": r"\_\allowbreak{}", "/": r"/\allowbreak{}",
+} | {character: f"\\{character}" for character in "&%$#{}"}  # fmt: skip
 
 
 class Row(NamedTuple):
@@ -51,14 +53,18 @@ class Table(NamedTuple):
         return text.getvalue()
 
     def latex(self) -> str:
-        """A tabular for LaTeX with the package booktabs; second texts are rows of their own."""
-        lines = [rf"\begin{{tabular}}{{l{'r' * (len(self.header) - 1)}}}", r"\toprule", _latex_row(self.header)]
-        lines.append(r"\midrule")
+        """As wide as the text, for LaTeX with booktabs and tabularx; second texts are rows of their own."""
+        others = len(self.header) - 1
+        kinds = rf">{{\raggedright\arraybackslash\hsize={_KEY_WIDTH}\hsize}}X"
+        width = (others + 1 - _KEY_WIDTH) / others
+        kinds += rf" *{{{others}}}{{>{{\raggedleft\arraybackslash\hsize={width:.4f}\hsize}}X}}"
+        lines = [r"% \usepackage{booktabs, tabularx}", rf"\begin{{tabularx}}{{\linewidth}}{{{kinds}}}", r"\toprule"]
+        lines += [_latex_row(self.header), r"\midrule"]
         for row in self.rows:
             lines.append(_latex_row([row.key, *row.cells]))
             if any(row.details):
                 lines.append(_latex_row(["", *row.details], r"\footnotesize "))
-        return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", ""])
+        return "\n".join([*lines, r"\bottomrule", r"\end{tabularx}", ""])
 
 
 def _inert(value: Any) -> Any:

@@ -7,6 +7,8 @@ import io
 import json
 import math
 import re
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -304,7 +306,19 @@ def test_csv_has_numbers_and_latex_has_words(tmp_path: Path) -> None:
     rows = [line for line in latex.splitlines() if line.endswith(r"\\")]
     assert {len(re.split(r"(?<!\\)&", row)) for row in rows} == {3}
     assert latex.count(r"\toprule") == latex.count(r"\midrule") == latex.count(r"\bottomrule") == 1
-    assert r"average $\cdot$ acc" in latex and "significantly better" in latex and r"anli\_r2" in latex
+    assert r"average $\cdot$ acc" in latex and "significantly better" in latex and r"anli\_\allowbreak{}r2" in latex
+
+
+@pytest.mark.skipif(not shutil.which("pdflatex"), reason="needs pdflatex, booktabs and tabularx")
+def test_latex_typesets_them_no_wider_than_the_text(tmp_path: Path) -> None:
+    compiled, _ = outcome(two_arms(tmp_path / "runs", 0.08, seeds=(0, 1)))
+    (table,) = report.benchmark_tables(compiled)
+    text = table._replace(rows=[*table.rows, tables.Row("ρ ± a_b/c", ["50 % & # {x} ~ ^ \\ [−1, 2] · 3", "–"])]).latex()
+    head = r"\documentclass{article}\usepackage[utf8]{inputenc}\usepackage{booktabs,tabularx}\begin{document}\noindent"
+    (tmp_path / "table.tex").write_text(f"{head}\n{text}\\end{{document}}", encoding="utf-8")
+    done = subprocess.run(["pdflatex", "-halt-on-error", "table.tex"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:]
+    assert "Overfull" not in done.stdout and "Missing character" not in done.stdout
 
 
 def test_text_is_escaped_for_latex_and_spreadsheets() -> None:

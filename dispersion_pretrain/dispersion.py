@@ -245,6 +245,11 @@ def _check_range(name: str, value: float, is_allowed: bool, rule: str, hint: str
 
 
 def _check_embeddings(embeddings: Tensor, num_ranks: int) -> None:
+    if not isinstance(embeddings, Tensor):
+        raise ValueError(
+            f"embeddings: got a {type(embeddings).__name__}. One tensor (sets, tokens, dim) is needed. Stack sets of "
+            "one shape, and call once for each shape."
+        )
     if embeddings.dim() != 3 or not embeddings.is_floating_point() or 0 in (embeddings.shape[0], embeddings.shape[-1]):
         raise ValueError(
             f"embeddings: got shape {tuple(embeddings.shape)} of {embeddings.dtype}. A floating-point tensor (sets, "

@@ -92,6 +92,7 @@ def test_only_the_loss_carries_a_gradient() -> None:
         (torch.zeros(2, 4, 3, dtype=torch.int64), "int64"),
         (torch.zeros(2, 1, 3), "a set of 1 embedding has no pair"),
         (torch.zeros(2, 0, 3), "a set of 0 embedding has no pair"),
+        ([torch.zeros(2, 3), torch.zeros(2, 4)], r"got a list\. One tensor \(sets, tokens, dim\).* Stack sets of"),
         (torch.zeros(0, 4, 3), r"shape \(0, 4, 3\)"),
         (torch.zeros(2, 4, 0), r"shape \(2, 4, 0\)"),
     ],

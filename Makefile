@@ -80,7 +80,7 @@ demo: corpus ## train a small model without and with the dispersion loss; ends w
 
 test: setup $(PEER) $(KERNELS) ## all tests that need neither a GPU nor a cluster
 	$(CLEAR_LOCKS)
-	python -m pytest $(SIDE_BY_SIDE)
+	python -m pytest $(SIDE_BY_SIDE) --durations 25
 
 test-cluster: setup ## the tests with a real Slurm and several hosts on this machine (root; installs Debian's packages)
 	$(CLEAR_LOCKS)

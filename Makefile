@@ -49,7 +49,7 @@ $(PEER): $(STAMP)
 	python -m pip install --quiet --no-deps embedding-condensation==2.0
 	@touch $@
 
-# Liger's kernels and Triton, whose interpreter runs them without a GPU: 700 MB beside the environment, not in it, as torch
+# Liger's kernels and Triton, whose interpreter runs them without a GPU: 1 GB beside the environment, not in it, as torch
 # and DeepSpeed take other paths where they find Triton.
 $(KERNELS): $(STAMP)
 	python -m pip install --quiet --no-deps -c constraints.txt --upgrade --target $@ liger-kernel triton==3.9.0

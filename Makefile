@@ -164,7 +164,7 @@ paper-families: setup ## measure condensation over GPT2, Qwen and Bloom on wikit
 			--max-length 512 --precision bf16 --out "runs/paper/$$name"; \
 	done
 
-evidence: setup ## train, evaluate and compare what tests/evidence lists (2 CPU cores: 2 hours)
+evidence: setup ## train, evaluate and compare what tests/evidence lists (2 CPU cores: 2 to 3 hours)
 	$(CLEAR_LOCKS)
 	PYTHONPATH=.:tests python tests/evidence/train.py
 	PYTHONPATH=.:tests python tests/evidence/compare.py

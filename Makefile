@@ -8,7 +8,7 @@ PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/.installed
 PEER := $(VENV)/.peer
-KERNELS := $(VENV)/kernels
+KERNELS := $(VENV)/.kernels
 CORPUS := data/python-docs
 
 # For ninja, which DeepSpeed calls by name to build its operators, and for `python` in the recipes.
@@ -52,7 +52,7 @@ $(PEER): $(STAMP)
 # Liger's kernels and Triton, whose interpreter runs them without a GPU: 1 GB beside the environment, not in it, as torch
 # and DeepSpeed take other paths where they find Triton.
 $(KERNELS): $(STAMP)
-	python -m pip install --quiet --no-deps -c constraints.txt --upgrade --target $@ liger-kernel triton==3.9.0
+	python -m pip install --quiet --no-deps -c constraints.txt --upgrade --target $(VENV)/kernels liger-kernel triton==3.9.0
 	@touch $@
 
 corpus: $(CORPUS)/corpus.json ## tokenize the documentation that Python carries into data/python-docs

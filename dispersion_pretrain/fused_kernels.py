@@ -6,9 +6,9 @@ Only its operators are taken. Its own patches replace classes for a whole proces
 
 from __future__ import annotations
 
-import functools
 import os
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ _ROTARY = "apply_rotary_pos_emb"  # a function in the module of each family
 
 
 def refuse_unknown_family(config: PretrainedConfig) -> None:
-    """Raise ValueError unless the kernels are those of this model."""
+    """Raise ValueError unless the kernels compute what this model does. Nothing is imported or built."""
     family = config.model_type
     if family not in FAMILIES:
         raise ValueError(
@@ -40,10 +40,12 @@ def use_fused_kernels(model: PreTrainedModel) -> None:
 
     The rotary embedding is a function of the family's module: other models of the family in this process get it, too.
 
+    Args:
+        model: of a config that `refuse_unknown_family` lets pass.
+
     Raises:
-        ValueError: another family or activation, no GPU, or liger-kernel is not installed.
+        ValueError: no GPU, or liger-kernel is not installed.
     """
-    refuse_unknown_family(model.config)
     if not torch.cuda.is_available() and not _interpreted():
         raise ValueError("model.kernels: liger is for GPUs, and there is none. Set model.kernels: torch.")
     try:
@@ -59,8 +61,9 @@ def use_fused_kernels(model: PreTrainedModel) -> None:
         elif all(isinstance(getattr(module, name, None), nn.Linear) for name in ("gate_proj", "up_proj", "down_proj")):
             _mix_in(_FusedSwiGLU, module)
     functions: Any = sys.modules[type(model).__module__]
-    if not hasattr(getattr(functions, _ROTARY), "__wrapped__"):
-        setattr(functions, _ROTARY, _fused_rotary(getattr(functions, _ROTARY)))
+    plain = getattr(functions, _ROTARY)
+    if not isinstance(plain, _FusedRotary):
+        setattr(functions, _ROTARY, _FusedRotary(plain))
 
 
 def _interpreted() -> bool:
@@ -78,7 +81,7 @@ def _mix_in(kind: type[nn.Module], module: nn.Module) -> None:
 
 
 class _FusedNorm(nn.Module):
-    """Before a family's RMSNorm in the order of classes."""
+    """Before a family's RMSNorm in the order of classes; (..., dim) -> the same."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         if not _is_fused(hidden_states):
@@ -94,7 +97,7 @@ class _FusedNorm(nn.Module):
 
 
 class _FusedSwiGLU(nn.Module):
-    """Before a family's gated MLP in the order of classes."""
+    """Before a family's gated MLP in the order of classes; (..., dim) -> the same."""
 
     gate_proj: nn.Module
     up_proj: nn.Module
@@ -109,17 +112,22 @@ class _FusedSwiGLU(nn.Module):
         return projected
 
 
-def _fused_rotary(plain: Any) -> Any:
-    @functools.wraps(plain)
-    def apply_rotary(
-        q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor | None = None, unsqueeze_dim: int = 1
+class _FusedRotary:
+    """In place of a family's function of the same arguments.
+
+    q, k: (batch, heads, positions, head dim), k with its own number of heads; cos, sin: (batch or 1, positions, head
+    dim). Heads and positions are the other way round where `unsqueeze_dim` is 2, which the kernel does not know.
+    """
+
+    def __init__(self, plain: Callable[..., tuple[Tensor, Tensor]]) -> None:
+        self._plain = plain
+
+    def __call__(
+        self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor | None = None, unsqueeze_dim: int = 1
     ) -> tuple[Tensor, Tensor]:
-        if not _is_fused(q) or unsqueeze_dim != 1:  # the kernel knows heads before positions only
-            rotated: tuple[Tensor, Tensor] = plain(q, k, cos, sin, position_ids, unsqueeze_dim)
-            return rotated
+        if not _is_fused(q) or unsqueeze_dim != 1:
+            return self._plain(q, k, cos, sin, position_ids, unsqueeze_dim)
         from liger_kernel.ops import LigerRopeFunction
 
-        rotated = LigerRopeFunction.apply(q, k, cos, sin)
+        rotated: tuple[Tensor, Tensor] = LigerRopeFunction.apply(q, k, cos, sin)
         return rotated
-
-    return apply_rotary

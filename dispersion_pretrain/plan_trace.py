@@ -146,6 +146,7 @@ def trace_micro_step(settings: Settings, hub_config: PretrainedConfig, layers: l
 
 def _module(settings: Settings, hub_config: PretrainedConfig, layers: list[int], *, in_pieces: bool) -> TrainingModule:
     """The training module as the engine has it, without a weight and without other ranks."""
+    # liger's kernels keep fewer tensors than torch's, and there may be no GPU here.
     attention = "eager" if settings.model.attention == "eager" else "sdpa"  # the fused kinds keep the same tensors
     changes = {"pretrained": None, "attention": attention, "loss_head": "whole", "kernels": "torch"}
     model: Any = build_model(settings.model.model_copy(update=changes), hub_config)

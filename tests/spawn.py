@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+
+from warm_processes import warm_process
 
 
 def _rank_main(
@@ -44,7 +45,7 @@ def _rank_main(
 
 
 def run_ranks(function: Callable[..., Any], world_size: int, *arguments: Any, timeout_s: float = 120.0) -> list[Any]:
-    """Call `function(*arguments)` on `world_size` spawned gloo ranks; return the results in rank order.
+    """Call `function(*arguments)` on `world_size` gloo ranks, processes of their own; return the results in rank order.
 
     `function` must be importable (module level) and its result picklable. The rendezvous is a file, so that no port
     can clash. RANK, LOCAL_RANK, WORLD_SIZE and LOCAL_WORLD_SIZE are set as a launcher would.
@@ -53,10 +54,8 @@ def run_ranks(function: Callable[..., Any], world_size: int, *arguments: Any, ti
         AssertionError: a rank raised (its traceback is the message), died, or the time is over.
     """
     with tempfile.TemporaryDirectory() as folder:
-        context = mp.get_context("spawn")
         processes = [
-            context.Process(target=_rank_main, args=(rank, world_size, folder, function, arguments))
-            for rank in range(world_size)
+            warm_process(_rank_main, rank, world_size, folder, function, arguments) for rank in range(world_size)
         ]
         for process in processes:
             process.start()

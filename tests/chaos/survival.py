@@ -79,7 +79,7 @@ class Survivor:
         ]
         self.started_s = time.monotonic()
         variables |= {"CHAOS_FOLDER": str(self.folder), "CHAOS_STARTED": repr(self.started_s)}
-        job = Job(["env", *(f"{key}={value}" for key, value in variables.items()), *command], self.log)
+        job = Job(command, self.log, **variables)
         self.processes.add(psutil.Process(job.process.pid))
         return job
 

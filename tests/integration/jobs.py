@@ -16,6 +16,8 @@ from typing import Any
 import psutil
 import yaml
 
+from warm_processes import WarmRanks
+
 ROOT = Path(__file__).resolve().parents[2]
 TINY_MODEL = {
     "model_type": "gpt2",
@@ -75,12 +77,20 @@ def pretrain_command(config: Path, *arguments: str, ranks: int = 2, launcher: st
 
 
 def command(name: str, config: Path, *arguments: str, ranks: int = 2, launcher: str = "deepspeed") -> list[str]:
-    """A script of launch/ that runs on ranks."""
+    """A script of launch/ that runs on ranks.
+
+    Args:
+        launcher: `deepspeed`, `torchrun`, or `python` for one process without a launcher. `warm`: `Job` forks the
+            ranks itself from a process that has imported the packages, in a small part of a launcher's time; for tests
+            that start often and ask for what a run computes, whoever launched it.
+    """
     script = [str(ROOT / "launch" / f"{name}.py"), "--config", str(config), *arguments]
     binaries = Path(sys.executable).parent
     if launcher == "deepspeed":
         port = ["--master_port", str(free_port())]
         return [str(binaries / "deepspeed"), "--num_gpus", str(ranks), *port, *script]
+    if launcher == "warm":
+        return ["warm", str(ranks), *script]
     if launcher == "torchrun":
         port = ["--master_port", str(free_port())]
         return [str(binaries / "torchrun"), "--nproc_per_node", str(ranks), *port, *script]
@@ -90,19 +100,27 @@ def command(name: str, config: Path, *arguments: str, ranks: int = 2, launcher: 
 class Job:
     """A running command with all its children."""
 
-    def __init__(self, command: list[str], log: Path) -> None:
+    def __init__(self, command: list[str], log: Path, **variables: str) -> None:
+        """Start it; `variables` are added to its environment."""
         self.log = log
         log.parent.mkdir(parents=True, exist_ok=True)
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # the launcher looks for ninja and python there
-        self.process = subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env={**environment(), "PATH": path},
-            stdin=subprocess.DEVNULL,
-            stdout=log.open("ab"),
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+        variables = {**environment(), "PATH": path, **variables}
+        self.process: subprocess.Popen[bytes] | WarmRanks
+        if command[0] == "warm":
+            log.touch()
+            variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+            self.process = WarmRanks(command[2:], int(command[1]), cwd=ROOT, env=variables, log=log)
+        else:
+            self.process = subprocess.Popen(
+                command,
+                cwd=ROOT,
+                env=variables,
+                stdin=subprocess.DEVNULL,
+                stdout=log.open("ab"),
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
 
     def wait(self, timeout_s: float = 200.0) -> int:
         try:
@@ -140,9 +158,9 @@ class Job:
         return self.log.read_text(errors="replace")[-6000:]
 
 
-def finish(command: list[str], log: Path, expected: int = 0) -> str:
+def finish(command: list[str], log: Path, expected: int = 0, **variables: str) -> str:
     """Run a command to its end and return its output."""
-    job = Job(command, log)
+    job = Job(command, log, **variables)
     code = job.wait()
     assert code == expected, f"exit code {code}:\n{job.output()}"
     return job.output()

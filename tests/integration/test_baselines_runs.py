@@ -75,8 +75,8 @@ def test_one_loss_curve_in_every_layout(corpus: Path, teacher: str, tmp_path: Pa
             folder, corpus, baselines(teacher, sharded=sharded), model={"config": NO_DROPOUT},
             checkpoint={"every_steps": None}, optimizer={"learning_rate": 1e-3},
         )  # fmt: skip
-        launcher, micro = "python" if ranks == 1 else "torchrun", f"training.micro_batch={micro_batch}"
-        jobs.append(Job(pretrain_command(config, micro, ranks=ranks, launcher=launcher), folder / "log"))
+        micro = f"training.micro_batch={micro_batch}"
+        jobs.append(Job(pretrain_command(config, micro, ranks=ranks, launcher="warm"), folder / "log"))
     for job in jobs:  # all at once: most of their time is starting
         assert job.wait() == 0, job.output()
     curves = [curve(job.log.parent / "run") for job in jobs]
@@ -100,7 +100,7 @@ def test_sigkill_and_resume_right_before_a_reset(corpus: Path, teacher: str, tmp
     commands, jobs = [], []
     for name in ("whole", "killed"):
         config = write_run(tmp_path / name, corpus, sections, steps=12, checkpoint={"every_steps": 4})
-        commands.append(pretrain_command(config, "training.micro_batch=4", ranks=1, launcher="python"))
+        commands.append(pretrain_command(config, "training.micro_batch=4", ranks=1, launcher="warm"))
         jobs.append(Job(commands[-1], tmp_path / name / "log"))
     whole, killed = tmp_path / "whole" / "run", tmp_path / "killed" / "run"
     jobs[1].wait_for((killed / "checkpoints" / "step-00000004" / "COMMITTED").exists)

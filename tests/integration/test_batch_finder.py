@@ -35,9 +35,9 @@ def test_one_rank_without_memory_halves_the_micro_batch_of_all_and_changes_no_lo
         zero={"stage": 2, "overrides": {"zero_optimization": {"reduce_bucket_size": 100_000}}},
     )  # fmt: skip
     fixed = ["training.micro_batch=16", f"run.folder={tmp_path / 'fixed'}"]
-    finish(pretrain_command(config, *fixed, ranks=1, launcher="python"), tmp_path / "fixed.log")
+    finish(pretrain_command(config, *fixed, ranks=1, launcher="warm"), tmp_path / "fixed.log")
 
-    command = pretrain_command(config, launcher="torchrun")
+    command = pretrain_command(config, launcher="warm")
     place = command.index(str(ROOT / "launch" / "pretrain.py"))
     command[place] = str(Path(__file__).parent / "limited_pretrain.py")
     monkeypatch.setenv("MEMORY_LIMIT", LIMIT)

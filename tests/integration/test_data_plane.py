@@ -89,7 +89,7 @@ def config(folder: Path, corpus: str | Path, mirrors: tuple[Path, ...] = (), **d
 
 
 def command(settings: Path) -> list[str]:
-    return pretrain_command(settings, launcher="torchrun")
+    return pretrain_command(settings, launcher="warm")
 
 
 def shard_bytes_in(cache: Path) -> int:

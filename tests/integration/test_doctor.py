@@ -358,7 +358,7 @@ def test_losses_are_bit_equal_with_and_without(corpus: Path, tmp_path: Path) -> 
     curves = {}
     for doctor_runs in ("true", "false"):
         output = finish(
-            command("pretrain", config, f"run.doctor={doctor_runs}", launcher="torchrun"),
+            command("pretrain", config, f"run.doctor={doctor_runs}", launcher="warm"),
             tmp_path / "log" / doctor_runs,
         )
         assert ("doctor: gradients OK" in output) == (doctor_runs == "true")

@@ -39,7 +39,7 @@ def edit_json(path: Path, change: Callable[[Any], object]) -> None:
 @pytest.mark.timeout(900)
 def test_chain_of_world_sizes_and_stages(corpus: Path, tmp_path: Path) -> None:
     undisturbed = config_of(tmp_path / "undisturbed", corpus)
-    finish(pretrain_command(undisturbed, "zero.stage=2"), tmp_path / "undisturbed" / "log")
+    finish(pretrain_command(undisturbed, "zero.stage=2", launcher="warm"), tmp_path / "undisturbed" / "log")
     config, run = config_of(tmp_path, corpus), tmp_path / "run"
 
     def run_to(step: int, *arguments: str, ranks: int, launcher: str) -> str:
@@ -54,7 +54,7 @@ def test_chain_of_world_sizes_and_stages(corpus: Path, tmp_path: Path) -> None:
         return job.output()
 
     run_to(4, "zero.stage=2", ranks=2, launcher="deepspeed")
-    on_one_rank = pretrain_command(config, "zero.stage=3", ranks=1, launcher="python")
+    on_one_rank = pretrain_command(config, "zero.stage=3", ranks=1, launcher="warm")
 
     # Killed while it reads what two ranks had written: nothing is left behind, and it starts again.
     before = sorted((run / "checkpoints").rglob("*"))
@@ -73,9 +73,9 @@ def test_chain_of_world_sizes_and_stages(corpus: Path, tmp_path: Path) -> None:
     path.write_text(whole)
 
     outputs = {
-        "2 -> 1": run_to(12, "zero.stage=3", ranks=1, launcher="python"),
+        "2 -> 1": run_to(12, "zero.stage=3", ranks=1, launcher="warm"),
         "1 -> 4": run_to(16, "zero.stage=1", ranks=4, launcher="torchrun"),
-        "4 -> 2": finish(pretrain_command(config, "zero.stage=2"), tmp_path / "log_end"),
+        "4 -> 2": finish(pretrain_command(config, "zero.stage=2", launcher="warm"), tmp_path / "log_end"),
     }
     for (change, output), stages in zip(outputs.items(), ("2 -> 3", "3 -> 1", "1 -> 2"), strict=True):
         assert f"resume: world size {change}\n" in output and f"resume: zero.stage {stages}\n" in output, output

@@ -42,7 +42,7 @@ runpy.run_path({str(ROOT / "launch" / "pretrain.py")!r}, run_name="__main__")
 def struck_command(folder: Path, config: Path, *, ranks: int = 2) -> list[str]:
     script = folder / "striking.py"
     script.write_text(STRIKING)
-    command = pretrain_command(config, ranks=ranks, launcher="deepspeed" if ranks > 1 else "python")
+    command = pretrain_command(config, ranks=ranks, launcher="warm")
     return [str(script) if part.endswith("launch/pretrain.py") else part for part in command]
 
 

@@ -15,10 +15,10 @@ from integration.jobs import ROOT, Job, finish, pretrain_command, records, write
 HANG_S = 8.0
 
 
-def faulty(command: list[str], fault: str) -> list[str]:
-    """The same command with a fault in its data reader, which every process takes from its environment."""
+def faulty(command: list[str]) -> list[str]:
+    """The same command with a fault in its data reader, which every process takes from FAULT in its environment."""
     script, replacement = str(ROOT / "launch" / "pretrain.py"), str(ROOT / "tests/integration/faulty_pretrain.py")
-    return ["env", f"FAULT={fault}", *(replacement if part == script else part for part in command)]
+    return [replacement if part == script else part for part in command]
 
 
 def end_of(job: Job, *, within_s: float, since: Path) -> int:
@@ -48,7 +48,8 @@ def write_quick(folder: Path, corpus: Path) -> Path:
 @pytest.mark.slow
 def test_reader_that_never_returns_is_named_and_the_code_is_that_of_a_hang(corpus: Path, tmp_path: Path) -> None:
     config, run = write_quick(tmp_path, corpus), tmp_path / "run"
-    job = Job(faulty(pretrain_command(config), "sleeps 1 13"), tmp_path / "log")  # 2 micro-steps: in step 6, the second
+    second_of_step_6 = "sleeps 1 13"  # a step has 2 micro-steps
+    job = Job(faulty(pretrain_command(config)), tmp_path / "log", FAULT=second_of_step_6)
     assert end_of(job, within_s=60, since=run) == 86
     output = job.output()
     for text in (
@@ -71,7 +72,7 @@ def test_reader_that_never_returns_is_named_and_the_code_is_that_of_a_hang(corpu
 @pytest.mark.slow
 def test_stopped_rank_is_missed_by_the_others(corpus: Path, tmp_path: Path) -> None:
     config, run = write_quick(tmp_path, corpus), tmp_path / "run"
-    job = Job(faulty(pretrain_command(config, launcher="torchrun"), "SIGSTOP 1 12"), tmp_path / "log")
+    job = Job(faulty(pretrain_command(config, launcher="torchrun")), tmp_path / "log", FAULT="SIGSTOP 1 12")
     assert end_of(job, within_s=120, since=run) == 1, "torchrun has no other code"
     output = job.log.read_text()
     assert "rank 1 has not been seen for " in output and "its last heartbeat was in: " in output, output
@@ -82,7 +83,7 @@ def test_stopped_rank_is_missed_by_the_others(corpus: Path, tmp_path: Path) -> N
 @pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
 def test_peers_of_a_killed_rank_end(corpus: Path, tmp_path: Path, launcher: str) -> None:
     config, run = write_quick(tmp_path, corpus), tmp_path / "run"
-    job = Job(faulty(pretrain_command(config, launcher=launcher), "SIGKILL 1 12"), tmp_path / "log")
+    job = Job(faulty(pretrain_command(config, launcher=launcher)), tmp_path / "log", FAULT="SIGKILL 1 12")
     assert end_of(job, within_s=60, since=run) != 0
     assert read_beats(run / "heartbeats")[1].exit_code is None, "it was killed"
 
@@ -90,12 +91,12 @@ def test_peers_of_a_killed_rank_end(corpus: Path, tmp_path: Path, launcher: str)
 @pytest.mark.slow
 def test_two_starts_that_fail_in_one_step_are_the_last(corpus: Path, tmp_path: Path) -> None:
     config, run = write_quick(tmp_path, corpus), tmp_path / "run"
-    quick = pretrain_command(config, "training.micro_batch=8", ranks=1, launcher="python")
+    quick = pretrain_command(config, "training.micro_batch=8", ranks=1, launcher="warm")
     # The first goes on to step 5 from step 0, the second from the checkpoint after 4.
-    output = finish(faulty(quick, "raises 0 5"), tmp_path / "log", expected=1)
+    output = finish(faulty(quick), tmp_path / "log", expected=1, FAULT="raises 0 5")
     assert "Traceback" in output and "the disk is on fire" in output
-    finish(faulty(quick, "raises 0 1"), tmp_path / "log", expected=1)
-    output = finish(faulty(quick, "none 0 0"), tmp_path / "log", expected=87)
+    finish(faulty(quick), tmp_path / "log", expected=1, FAULT="raises 0 1")
+    output = finish(faulty(quick), tmp_path / "log", expected=87, FAULT="none 0 0")
     assert "the last two starts ended in step 5 (from steps 0 and 4), both with: OSError: the disk is on" in output
     assert str(run / "ends.jsonl") in output
     ends = [json.loads(line) for line in (run / "ends.jsonl").read_text().splitlines()]

@@ -43,7 +43,7 @@ def test_demo_model_has_one_loss_curve_in_every_layout(tmp_path: Path) -> None:
             "checkpoint.every_steps=null",
             "logging.every_steps=1",
         ]
-        command = pretrain_command(ROOT / "configs/demo.yaml", *overrides, ranks=ranks, launcher="torchrun")
+        command = pretrain_command(ROOT / "configs/demo.yaml", *overrides, ranks=ranks, launcher="warm")
         finish(command, tmp_path / f"{run.name}.log")
         curves[run.name] = trajectory(run)
     first, *others = curves

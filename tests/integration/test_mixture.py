@@ -31,19 +31,20 @@ def test_a_killed_run_over_two_corpora_goes_on_exactly(mix: list[dict[str, Any]]
     def config(name: str) -> Path:
         return write_config(tmp_path / name, Path("unused"), data={"corpus": None, "corpora": mix})
 
-    planned = finish(pretrain_command(config("whole"), "--dry-run", launcher="torchrun"), tmp_path / "log")
+    planned = finish(pretrain_command(config("whole"), "--dry-run", launcher="warm"), tmp_path / "log")
     assert "0.75 of the mix" in planned and "0.25 of the mix" in planned
-    finish(pretrain_command(config("whole")), tmp_path / "log")
+    finish(pretrain_command(config("whole"), launcher="warm"), tmp_path / "log")
     run = tmp_path / "killed" / "run"
-    job = Job(pretrain_command(config("killed")), tmp_path / "log2")
+    job = Job(pretrain_command(config("killed"), launcher="warm"), tmp_path / "log2")
     job.wait_for(lambda: any(record["step"] >= 6 and "loss/total" in record for record in records(run)))
     job.kill()
-    finish(pretrain_command(config("killed")), tmp_path / "log2")
+    finish(pretrain_command(config("killed"), launcher="warm"), tmp_path / "log2")
     assert trajectory(run) == trajectory(tmp_path / "whole" / "run")
 
     longer = [f"training.max_tokens={14 * 512}", "data.shuffle=none"]
-    refused = finish(pretrain_command(config("killed"), *longer, ranks=2), tmp_path / "log3", expected=1)
+    refused = finish(pretrain_command(config("killed"), *longer, launcher="warm"), tmp_path / "log3", expected=1)
     assert "data.shuffle was 'windows' and is 'none'" in refused and "data.allow_change=true" in refused
-    allowed = finish(pretrain_command(config("killed"), *longer, "data.allow_change=true"), tmp_path / "log4")
+    longer.append("data.allow_change=true")
+    allowed = finish(pretrain_command(config("killed"), *longer, launcher="warm"), tmp_path / "log4")
     assert "The data goes on in the new order, at sample 96" in allowed
     assert max(trajectory(run)) == 14

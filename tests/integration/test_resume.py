@@ -16,7 +16,7 @@ from integration.jobs import Job, finish, pretrain_command, records, trajectory,
 @pytest.fixture(scope="module")
 def undisturbed(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("undisturbed")
-    finish(pretrain_command(write_config(folder, corpus)), folder / "log")
+    finish(pretrain_command(write_config(folder, corpus), launcher="warm"), folder / "log")
     return folder / "run"
 
 
@@ -53,11 +53,11 @@ def test_sigkill_at_a_random_step(undisturbed: Path, corpus: Path, tmp_path: Pat
 def test_sigkill_in_the_middle_of_a_save(undisturbed: Path, corpus: Path, tmp_path: Path) -> None:
     config, run = write_config(tmp_path, corpus), tmp_path / "run"
     saving = run / "checkpoints" / ".saving-step-00000008"
-    job = Job(pretrain_command(config), tmp_path / "log")
+    job = Job(pretrain_command(config, launcher="warm"), tmp_path / "log")
     job.wait_for(saving.exists)
     job.kill()
     assert not (run / "checkpoints" / "step-00000008" / "COMMITTED").exists(), "the save was over before the kill"
-    finish(pretrain_command(config), tmp_path / "log")
+    finish(pretrain_command(config, launcher="warm"), tmp_path / "log")
     again = [record["step"] for record in records(run)]
     assert again.count(5) == 2, "the second start went on from step 4"
     assert trajectory(run) == trajectory(undisturbed)
@@ -73,7 +73,7 @@ def test_sigterm_saves_and_asks_to_be_started_again(corpus: Path, tmp_path: Path
     done = max(record["step"] for record in records(run))
     assert done < 12
     assert (run / "checkpoints" / f"step-{done:08d}" / "COMMITTED").exists()
-    finish(pretrain_command(config, ranks=1, launcher="python"), tmp_path / "log")
+    finish(pretrain_command(config, ranks=1, launcher="warm"), tmp_path / "log")
     assert sorted(trajectory(run)) == list(range(13))
     counts = [record["step"] for record in records(run) if "loss/total" in record]
     assert counts == list(range(1, 13)), "no step was lost and none done twice"
@@ -85,15 +85,15 @@ def test_time_limit_saves_and_the_resume_is_exact(undisturbed: Path, corpus: Pat
     output = finish(pretrain_command(config, "run.max_time=0:00:01"), tmp_path / "log", expected=85)
     assert "stopped by run.max_time: " in output and "step 1, state saved" in output
     assert (run / "checkpoints" / "step-00000001" / "COMMITTED").exists()
-    finish(pretrain_command(config), tmp_path / "log")
+    finish(pretrain_command(config, launcher="warm"), tmp_path / "log")
     assert trajectory(run) == trajectory(undisturbed)
 
 
 def test_resume_of_another_run_is_refused(undisturbed: Path, corpus: Path, tmp_path: Path) -> None:
     config = write_config(tmp_path, corpus)
     other = [f"run.folder={undisturbed}", "run.seed=4"]
-    output = finish(pretrain_command(config, *other, launcher="torchrun"), tmp_path / "log", expected=1)
+    output = finish(pretrain_command(config, *other, launcher="warm"), tmp_path / "log", expected=1)
     assert "run.seed was 3 and is 4" in output
     refused = [f"run.folder={undisturbed}", "training.micro_batch=4", "--resume", "none"]
-    output = finish(pretrain_command(config, *refused, ranks=1, launcher="python"), tmp_path / "log2", expected=1)
+    output = finish(pretrain_command(config, *refused, ranks=1, launcher="warm"), tmp_path / "log2", expected=1)
     assert "has checkpoints" in output

@@ -115,7 +115,7 @@ def test_a_run_goes_on_when_its_disk_is_full_and_ends_with_an_error(
     run = tmp_path / "run"
     config = write_config(tmp_path, corpus, dispersion=None, validation=None)
     small_disk(run / "checkpoints", 100)
-    output = finish(pretrain_command(config, "run.doctor=false"), tmp_path / "log", expected=1)
+    output = finish(pretrain_command(config, "run.doctor=false", launcher="warm"), tmp_path / "log", expected=1)
     written = records(run)
     assert [record["step"] for record in written if "loss/total" in record] == list(range(1, 13))
     assert [record["step"] for record in written if record.get("checkpoint/failed")] == [4, 8, 12]
@@ -129,11 +129,11 @@ def test_a_run_goes_on_when_its_disk_is_full_and_ends_with_an_error(
 def test_sigkill_between_the_tiers_saves(corpus: Path, tmp_path: Path) -> None:
     tiers = {"every_steps": 6, "local_folder": str(tmp_path / "disk"), "local_every_steps": 2}
     config, run = write_config(tmp_path, corpus, checkpoint=tiers), tmp_path / "run"
-    job = Job(pretrain_command(config), tmp_path / "log")
+    job = Job(pretrain_command(config, launcher="warm"), tmp_path / "log")
     job.wait_for(lambda: len(list((tmp_path / "disk").glob("run-*/checkpoints/step-00000004/COMMITTED"))) == 1)
     job.kill()
     before = trajectory(run)
-    output = finish(pretrain_command(config), tmp_path / "log")
+    output = finish(pretrain_command(config, launcher="warm"), tmp_path / "log")
     steps = [record["step"] for record in records(run) if "loss/total" in record]
     assert len(before) >= 5 and steps.count(4) == 1 and sorted(set(steps)) == list(range(1, 13)), output
     after = trajectory(run)

@@ -122,24 +122,34 @@ chaos: setup ## kill a run at 50 random moments and at every write of a save, an
 	CHAOS_FULL=1 python -m pytest --capture=no -m '' tests/chaos -k kills
 
 # The paper's experiments, on the GPUs of this node. ARMS and SEEDS choose some: make paper-gpt2 ARMS='ce dispersion'
-# SEEDS=0. What is finished is left alone, what was cut short goes on.
+# SEEDS=0. EVAL is given to each evaluation: EVAL='--datasets mirror'. What is finished is left alone, what was cut short
+# goes on; what fails is told in the end, by name and exit code, and the others are not kept from running.
 SEEDS ?= 0 1 2
+EVAL ?=
+PAPER_SUITE := configs/eval/paper.yaml
 PAPER_ARMS = $(patsubst configs/paper/$(1)_%.yaml,%,$(wildcard configs/paper/$(1)_*.yaml))
 define paper_runs
-@for arm in $(or $(ARMS),$(call PAPER_ARMS,$(1))); do for seed in $(SEEDS); do \
+@failed=; for arm in $(or $(ARMS),$(call PAPER_ARMS,$(1))); do for seed in $(SEEDS); do \
 	run=$(1)_$$arm-s$$seed; \
 	deepspeed launch/pretrain.py --config configs/paper/$(1)_$$arm.yaml \
-		run.seed=$$seed run.name=$$run run.folder=runs/paper/$$run; \
-	python launch/evaluate_checkpoint.py --model runs/paper/$$run --suite configs/eval/paper.yaml; \
+		run.seed=$$seed run.name=$$run run.folder=runs/paper/$$run \
+		|| { failed="$$failed $$run:training"; continue; }; \
+	python launch/evaluate_checkpoint.py --model runs/paper/$$run --suite $(PAPER_SUITE) $(EVAL) \
+		|| failed="$$failed $$run:evaluation"; \
 done; done; \
-python launch/report.py runs/paper/$(1)_*/ --out runs/paper/$(1).html
+python launch/report.py runs/paper/$(1)_*/ --out runs/paper/$(1).html || failed="$$failed report"; \
+if [ -n "$$failed" ]; then echo "failed:$$failed; the same command tries again" >&2; exit 1; fi
 endef
+# A published model as it is, beside those that were trained on from it.
+paper_untouched = python launch/evaluate_checkpoint.py --model $(1) --suite $(PAPER_SUITE) --out runs/paper/$(2) $(EVAL)
 
 paper-gpt2: data/wikitext103-gpt2/corpus.json ## mid-train GPT2 on wikitext-103: each baseline and each form of the loss
 	$(call paper_runs,gpt2)
+	$(call paper_untouched,openai-community/gpt2,gpt2-untouched)
 
 paper-qwen3: data/wikitext103-qwen3/corpus.json ## the same for Qwen3-0.6B
 	$(call paper_runs,qwen3)
+	$(call paper_untouched,Qwen/Qwen3-0.6B,qwen3-untouched)
 
 paper-width: data/fineweb-edu/corpus.json ## GPT2's shape from scratch with four widths of the MLP
 	$(call paper_runs,width)
@@ -158,11 +168,12 @@ paper-pretraining: setup ## submit Qwen3-0.6B on C4, without and with the loss, 
 		--nodes 80 --gpus-per-node 8 $(SUBMIT)
 
 paper-families: setup ## measure condensation over GPT2, Qwen and Bloom on wikitext
-	@for family in configs/paper/families_*.txt; do \
+	@failed=; for family in configs/paper/families_*.txt; do \
 		name=$$(basename "$$family" .txt); \
 		python launch/measure_condensation.py $$(sed 's/#.*//' "$$family") --dataset wikitext --repetitions 100 \
-			--max-length 512 --precision bf16 --out "runs/paper/$$name"; \
-	done
+			--max-length 512 --precision bf16 --out "runs/paper/$$name" || failed="$$failed $$name"; \
+	done; \
+	if [ -n "$$failed" ]; then echo "failed:$$failed; the same command tries again" >&2; exit 1; fi
 
 evidence: setup ## train, evaluate and compare what tests/evidence lists (2 CPU cores: 2 to 3 hours)
 	$(CLEAR_LOCKS)

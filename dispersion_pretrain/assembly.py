@@ -25,7 +25,7 @@ from dispersion_pretrain.baselines import (
 from dispersion_pretrain.config import DispersionSettings, Settings
 from dispersion_pretrain.corpora import Corpora, CorporaPlan
 from dispersion_pretrain.data import Batch, BatchStream
-from dispersion_pretrain.dispersion import checked_variant
+from dispersion_pretrain.dispersion import check_own_pair_sum
 from dispersion_pretrain.engine import DeepSpeedEngine, sharded_for_inference
 from dispersion_pretrain.faults import FaultWatch
 from dispersion_pretrain.layout import BatchLayout, legal_micro_batches
@@ -122,7 +122,7 @@ class RunParts:
     @property
     def flops_per_token(self) -> int:
         return metrics.model_flops_per_token(
-            self.size.matmul_parameters, self.size.layers, self.size.width, self.settings.data.sequence_length
+            self.size.matmul_parameters, self.size.layers, self.size.attention_width, self.settings.data.sequence_length
         )
 
     @property
@@ -214,7 +214,8 @@ class Plan:
         if term.decay_tokens:
             changes.append(f"falls over the last {term.decay_tokens:,} tokens to {term.final_ratio:g} of its peak")
         if term.gradient_ratio_cap:
-            changes.append(f"is bound to {term.gradient_ratio_cap:g} x cross-entropy's gradient")
+            others = "gradient of cross-entropy" + (" and distillation" if settings.distillation is not None else "")
+            changes.append(f"is bound to {term.gradient_ratio_cap:g} x the {others}")
         if changes:
             lines.append(f"             the coefficient {', '.join(changes)}")
         return "\n".join(lines)
@@ -280,7 +281,7 @@ def _check_term(settings: DispersionSettings, num_layers: int) -> list[int]:
             f"dispersion.layers are {layers}. The last layer must be among them. Add it or remove the cap."
         )
     try:
-        checked_variant(options_of(settings))
+        check_own_pair_sum(options_of(settings))
     except ValueError as error:
         raise ValueError(f"dispersion.{error}") from None
     return layers

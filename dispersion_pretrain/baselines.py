@@ -24,7 +24,7 @@ from dispersion_pretrain.config import (
     Settings,
 )
 from dispersion_pretrain.distributed import counter_hash
-from dispersion_pretrain.model import VOCABULARY_PADDING, refuse_own_code
+from dispersion_pretrain.model import VOCABULARY_PADDING, refuse_own_code, short
 
 # Counters of what is drawn, so that no two uses of (seed, step) ever share a stream.
 _NOISE = int.from_bytes(b"noise", "big")
@@ -236,10 +236,11 @@ def plan_teacher(
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         with torch.device("meta"):
             parameters = AutoModelForCausalLM.from_config(config).num_parameters()
-    except (OSError, ValueError) as error:
+        vocabulary_of_teacher = config.get_text_config().vocab_size
+    except Exception as error:  # whatever the files of one of transformers' many classes lead to
         refuse_own_code(f"distillation.teacher: {name!r}", error)
         raise ValueError(
-            f"distillation.teacher: {name!r} cannot be loaded ({str(error).splitlines()[0][:300]}). A local Hugging "
+            f"distillation.teacher: {name!r} cannot be loaded ({short(error)}). A local Hugging "
             "Face folder of a causal language model, such as launch/export_hf.py writes, or a name where the hub can "
             "be reached, is needed. Correct it, or export the teacher first."
         ) from None
@@ -250,7 +251,7 @@ def plan_teacher(
             "teacher reads the same sequences, so it needs as many. Choose another teacher or a corpus of shorter "
             "sequences."
         )
-    compared = _compare_tokenizers(name, config.vocab_size, vocabulary=vocabulary, tokenizer=tokenizer)
+    compared = _compare_tokenizers(name, vocabulary_of_teacher, vocabulary=vocabulary, tokenizer=tokenizer)
     return TeacherPlan(config, parameters, compared, _fingerprint(name, config))
 
 
@@ -335,10 +336,10 @@ def load_teacher(settings: Settings, config: PretrainedConfig) -> nn.Module:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             section.teacher, config=config, dtype=dtype, trust_remote_code=False, output_loading_info=True
         )
-    except (OSError, ValueError) as error:
+    except Exception as error:  # whatever transformers and the readers of its files make of damaged ones
         raise ValueError(
-            f"distillation.teacher: the weights of {section.teacher!r} do not load ({str(error)[:300]}). Whole weights "
-            "are needed. Correct the folder or name, or export the teacher again."
+            f"distillation.teacher: the weights of {section.teacher!r} do not load ({short(error)}). Whole weights "
+            "that fit its config are needed. Correct the folder or name, or export the teacher again."
         ) from None
     model, report = loaded
     if report["missing_keys"]:  # transformers would draw them at random, with a warning

@@ -222,8 +222,9 @@ class DispersionSettings(_Section):
     gradient_ratio_cap: float | None = Field(
         None,
         gt=0,
-        description="bound of the term's gradient norm over that of cross-entropy, both at the last hidden state; a "
-        "step is bounded by what the step before showed; null: neither measured nor bound",
+        description="bound of the term's gradient norm over that of cross-entropy (with a teacher: and distillation), "
+        "both at the last hidden state; a step is bounded by what the step before showed; null: neither measured nor "
+        "bound",
     )
 
     @model_validator(mode="after")

@@ -6,6 +6,7 @@ written last. partial.json is its state while the folder is filled, which a repe
 
 from __future__ import annotations
 
+import difflib
 import functools
 import hashlib
 import json
@@ -52,6 +53,13 @@ def index() -> dict[str, Any]:
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     return dict(TaskManager().task_index)
+
+
+def unknown_task(name: str) -> str:
+    """What to say of a name that is not in lm-eval's index."""
+    nearest = difflib.get_close_matches(name, index(), n=3)
+    near = f" The nearest are {', '.join(nearest)}." if nearest else ""
+    return f"{name}: lm-eval has no such task.{near} One of `lm-eval ls tasks` is allowed. Correct the suite."
 
 
 def members(name: str) -> dict[str, Any]:
@@ -128,8 +136,20 @@ def _recorded(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name in (MANIFEST, PARTIAL):
         if (folder / name).exists():
-            found |= json.loads((folder / name).read_text(encoding="utf-8"))["files"]
+            found |= _read(folder / name)
     return found
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The files that a manifest names."""
+    try:
+        files: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["files"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path}: is damaged ({type(error).__name__}: {error}). It lists the files of the mirror. Remove it, and "
+            "fill the mirror again with launch/mirror_datasets.py."
+        ) from None
+    return files
 
 
 def _fetch(folder: Path, part: Part, source: Path | None) -> dict[str, Any]:
@@ -201,7 +221,7 @@ def _check(folder: Path, parts: list[Part]) -> dict[Part, Path]:
     )
     if not (folder / MANIFEST).exists():
         raise ValueError(f"{folder / MANIFEST}: is missing. {remedy}")
-    files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+    files = _read(folder / MANIFEST)
     for part in dict.fromkeys(parts):
         recorded, found = files.get(part.file), _describe(folder / part.file)
         if recorded is None or not found:

@@ -97,10 +97,12 @@ def _angle(q: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 VARIANTS: dict[str, PairSum | Callable[[Tensor, DispersionOptions], Tensor]] = {
     "angular": PairSum(angular, of="cosine", vectors="unit", logarithm=True, has_clamp=True, has_kernel=True),
     "decorrelation": PairSum(decorrelation, of="cosine", vectors="standardised", logarithm=False),
-    "l2_repel": PairSum(infonce_l2, of="distance", vectors="raw", logarithm=True, penalizes_norms=True),
+    "l2_repel": PairSum(
+        infonce_l2, of="distance", vectors="raw", logarithm=True, ignores_origin=True, penalizes_norms=True
+    ),
     "orthogonalization": PairSum(orthogonalization, of="cosine", vectors="unit", logarithm=False, has_clamp=True),
     "infonce_cosine": PairSum(infonce_cosine, of="cosine", vectors="unit", logarithm=True),
-    "infonce_l2": PairSum(infonce_l2, of="distance", vectors="raw", logarithm=True),
+    "infonce_l2": PairSum(infonce_l2, of="distance", vectors="raw", logarithm=True, ignores_origin=True),
 }
 _WITH_ATAN2 = {
     "angular": PairSum(angular_atan2, of="distance", vectors="unit", logarithm=True),
@@ -134,6 +136,8 @@ def dispersion_loss(
 
     Args:
         embeddings: (sets, tokens, dim), any float type; at least 2 tokens. The mathematics is float32 (float64 stays).
+            A vector of length 0 has no direction: it counts as at a right angle to all others, and gets no gradient.
+            One that is not finite makes the loss NaN.
         variant: an entry of `VARIANTS`.
         temperature: tau > 0, of the variants with an exponential.
         cosine_clamp: t in [0, 1): angular and orthogonalization clamp cosines to [-1 + t, 1 - t], straight-through
@@ -174,8 +178,8 @@ def pooled_dispersion_loss(
     """Dispersion loss of pools whose embeddings lie on several ranks.
 
     Args:
-        embeddings: (layers, own tokens, dim) of this rank; the same shape on every rank of `group`. A layer's set is
-            the union over the ranks, in rank order.
+        embeddings: (layers, own tokens, dim) of this rank; the same shape and type on every rank of `group`, which is
+            not compared (it would cost another collective). A layer's set is the union over the ranks, in rank order.
         group: the ranks that share the pool; None: this rank alone.
         variant, temperature, cosine_clamp, angle, margin, norm_weight, norm_epsilon: as in `dispersion_loss`.
 
@@ -199,6 +203,8 @@ def pooled_dispersion(
 ) -> DispersionTerms:
     """`pooled_dispersion_loss` with statistics. Collective: as there."""
     num_ranks = 1 if group is None else dist.get_world_size(group)
+    if num_ranks < 1:
+        raise ValueError("group: this rank is no member of it. Only its members may call. Pass the group of this rank.")
     _check_embeddings(embeddings, num_ranks)
     variant = checked_variant(options)
     pool = Pool.of(embeddings if group is None else _gather_tokens(embeddings, group), options.norm_epsilon)
@@ -216,7 +222,7 @@ def pooled_dispersion(
 def checked_variant(options: DispersionOptions) -> PairSum | Callable[[Tensor, DispersionOptions], Tensor]:
     """What computes the loss of `options`; raises ValueError for an unknown name or an option out of range."""
     known = ", ".join(VARIANTS)
-    if options.variant not in VARIANTS:
+    if not isinstance(options.variant, str) or options.variant not in VARIANTS:
         raise ValueError(
             f"variant: {options.variant!r} is not known. The entries of dispersion.VARIANTS are allowed: {known}. "
             "Correct the name, or add the entry before the run starts."
@@ -228,20 +234,66 @@ def checked_variant(options: DispersionOptions) -> PairSum | Callable[[Tensor, D
             f"angle: atan2 has no meaning for {options.variant}, which takes no angles. {' and '.join(_WITH_ATAN2)} "
             "do. Leave angle out."
         )
-    _check_range("temperature", options.temperature, options.temperature > 0, "> 0", "The paper uses 1.0")
-    clamp = options.cosine_clamp
-    _check_range("cosine_clamp", clamp, 0 <= clamp < 1, "in [0, 1)", "The paper uses 0.1")
-    _check_range("margin", options.margin, 0 < options.margin <= 1, "in (0, 1]", "The paper uses 0.5")
-    _check_range("norm_weight", options.norm_weight, options.norm_weight >= 0, ">= 0", "The paper uses 0.1")
-    _check_range(
-        "norm_epsilon", options.norm_epsilon, options.norm_epsilon >= 0, ">= 0", "The paper's scripts use 1e-2"
-    )
+    for name, (is_allowed, rule, hint) in _RANGES.items():
+        value = getattr(options, name)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ValueError(f"{name}: {value!r} is no number. It must be one {rule}. {hint}.")
+        if not (math.isfinite(value) and is_allowed(value)):
+            raise ValueError(f"{name}: {value} is not allowed. It must be {rule}. {hint}.")
     return _WITH_ATAN2[options.variant] if options.angle == "atan2" else VARIANTS[options.variant]
 
 
-def _check_range(name: str, value: float, is_allowed: bool, rule: str, hint: str) -> None:
-    if not (is_allowed and math.isfinite(value)):
-        raise ValueError(f"{name}: {value} is not allowed. It must be {rule}. {hint}.")
+_SMALLEST_TEMPERATURE = 1e-30  # its reciprocal is a float32 number, with room for what it multiplies
+_RANGES: dict[str, tuple[Callable[[float], bool], str, str]] = {
+    "temperature": (lambda value: value >= _SMALLEST_TEMPERATURE, "> 0 (at least 1e-30)", "The paper uses 1.0"),
+    "cosine_clamp": (lambda value: 0 <= value < 1, "in [0, 1)", "The paper uses 0.1"),
+    "margin": (lambda value: 0 < value <= 1, "in (0, 1]", "The paper uses 0.5"),
+    "norm_weight": (lambda value: value >= 0, ">= 0", "The paper uses 0.1"),
+    "norm_epsilon": (lambda value: value >= 0, ">= 0", "The paper's scripts use 1e-2"),
+}
+
+
+def check_own_pair_sum(options: DispersionOptions) -> None:
+    """Refuse an entry of `VARIANTS` whose fields are unknown, or whose slopes are not those of its values.
+
+    Both are compared in float64 at pairs within reach of unit vectors. Where the values are flat, as beyond a clamp,
+    any slope is allowed, unless they are flat everywhere.
+
+    Raises:
+        ValueError: it is wrong.
+    """
+    pair = checked_variant(options)
+    if not isinstance(pair, PairSum):
+        return
+    place = f"variant {options.variant}"
+    for name, allowed in (("of", ("cosine", "distance")), ("vectors", ("unit", "standardised", "raw"))):
+        found = getattr(pair, name)
+        if found not in allowed:
+            raise ValueError(
+                f"{place}: {name} is {found!r}. One of {', '.join(allowed)} is allowed. Correct the entry."
+            )
+    spread = torch.linspace(-0.97, 0.97, 64, dtype=torch.float64).view(1, 8, 8)
+    points = [spread] if pair.of == "cosine" else [1.0 - spread, 2.0 + 0.3 * spread.transpose(1, 2)]
+    with torch.enable_grad():
+        leaves = [point.clone().requires_grad_() for point in points]
+        terms = pair.terms(*leaves, options)
+        if not (isinstance(terms, tuple) and len(terms) == 1 + len(leaves)):
+            got = f"{len(terms)} tensors" if isinstance(terms, tuple) else type(terms).__name__
+            raise ValueError(
+                f"{place}: terms returned {got}. A tuple of {1 + len(leaves)} tensors is needed: the values, and the "
+                f"slope by each argument."
+            )
+        expected = torch.autograd.grad(terms[0].sum(), leaves, allow_unused=True, materialize_grads=True)
+    for number, (slope, known) in enumerate(zip(terms[1:], expected, strict=True), 1):
+        is_known = known != 0 if known.any() else torch.ones_like(known, dtype=torch.bool)
+        wrong = (is_known & ~torch.isclose(slope.detach(), known, rtol=1e-6, atol=1e-9)).nonzero()
+        if len(wrong):
+            at = tuple(wrong[0].tolist())
+            arguments = ", ".join(f"{point[at].item():.4g}" for point in points)
+            raise ValueError(
+                f"{place}: slope {number} of terms is {slope[at].item():.6g} at {arguments}, where its values have "
+                f"{known[at].item():.6g}. Slopes must be derivatives of the values. Correct the formula."
+            )
 
 
 def _check_embeddings(embeddings: Tensor, num_ranks: int) -> None:
@@ -295,10 +347,13 @@ def _of_set(
                 own.register_hook(lambda gradient: gradient * num_ranks)  # type: ignore[no-untyped-call]
             own = torch.cat([pool.z[:, :first], own, pool.z[:, first + own.shape[1] :]], dim=1)
         values = function(own, options)
-    if values.shape != embeddings.shape[:1]:
+    if not isinstance(values, Tensor) or not values.is_floating_point() or values.shape != embeddings.shape[:1]:
+        got = type(values).__name__
+        if isinstance(values, Tensor):
+            got = f"shape {tuple(values.shape)}" + ("" if values.is_floating_point() else f" of {values.dtype}")
         raise ValueError(
-            f"variant {options.variant}: returned shape {tuple(values.shape)} for {embeddings.shape[0]} sets. One "
-            "value a set is needed. Reduce over tokens and features only."
+            f"variant {options.variant}: returned {got} for {embeddings.shape[0]} sets. One floating-point value a set "
+            "is needed. Reduce over tokens and features only."
         )
     return values
 

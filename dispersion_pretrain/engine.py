@@ -41,6 +41,8 @@ from dispersion_pretrain.reshard import load_resharded, unpartitioned_master
 
 VERSION = deepspeed.__version__
 _OLDEST_VERSION = (0, 19, 6)
+# DeepSpeed's meter of samples a second waits for the device at both ends of every micro-step.
+_NO_TIMERS = {"throughput": {"enabled": False}}
 _SAVED_CLASSES = [ZeroStageEnum, fragment_address, LossScaler]  # all that DeepSpeed's files hold besides plain values
 _TAG = "engine"  # the folder of DeepSpeed's own files within a checkpoint
 _NOWHERE = "nowhere"  # the folder that DeepSpeed is told to save into
@@ -100,6 +102,7 @@ def deepspeed_settings(settings: Settings, layout: BatchLayout) -> dict[str, Any
         "gradient_accumulation_steps": layout.accumulation,
         "gradient_clipping": settings.optimizer.gradient_clipping,
         "steps_per_print": 2**31,
+        "timers": _NO_TIMERS,
         "zero_optimization": zero,
     }
     if settings.model.precision == "bf16":
@@ -442,6 +445,7 @@ def sharded_for_inference(module: nn.Module) -> nn.Module:
     settings = {
         "train_micro_batch_size_per_gpu": 1,
         "steps_per_print": 2**31,
+        "timers": _NO_TIMERS,
         "bf16": {"enabled": next(module.parameters()).dtype == torch.bfloat16},
         "zero_optimization": {"stage": 3},
     }

@@ -27,6 +27,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from dispersion_pretrain import checkpoint, evaluation_ranks, export, heartbeat, held_out, lm_tasks, provenance, suites
 from dispersion_pretrain.config import Settings
 from dispersion_pretrain.corpus import read_manifest
+from dispersion_pretrain.model import refuse_own_code, short
 from dispersion_pretrain.settings_file import load_settings
 from dispersion_pretrain.suites import Suite, SuiteTask, load_suite
 
@@ -159,16 +160,26 @@ def evaluate_model(model: str, suite: str | Path, out: Path | None, options: Opt
 
 
 def _plan(model: str, suite: Suite, out: Path | None, options: Options) -> _Job:
+    if out is not None and out.exists() and not out.is_dir():
+        raise ValueError(f"--out: {out} is a file. The name of a folder is needed. Choose another.")
     parts = export.split_run(model)
     if parts is None:
+        before, _, word = model.rpartition("@")
+        if export.split_run(before) is not None:
+            raise ValueError(
+                f"--model: {word!r} in {model} is no step. RUN@STEP with a whole number is allowed. Correct it."
+            )
         if out is None:
             raise ValueError(f"--out: is missing, and {model} is no run with a folder for results. Give --out.")
         return _Job(model, suite, None, None, None, out, options)
     run, step = parts
     if step is None:
         step = export.locate(model).info.step
+    folder = out or evaluation_folder(run, suite.name, step)
+    if step not in checkpoint.committed_steps(run) and not (folder / RESULTS).exists():  # results outlive checkpoints
+        export.locate(model)  # says which steps there are
     settings = load_settings(run / "config.yaml")
-    return _Job(model, suite, run, step, settings, out or evaluation_folder(run, suite.name, step), options)
+    return _Job(model, suite, run, step, settings, folder, options)
 
 
 @contextlib.contextmanager
@@ -285,9 +296,10 @@ def _language_model(work: _Work, details: dict[str, Any]) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(work.folder, trust_remote_code=False)
         model = AutoModelForCausalLM.from_pretrained(work.folder, dtype="auto", trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # whatever one of transformers' many classes makes of a folder's files
+        refuse_own_code(f"--model: {work.model!r}", error)
         raise ValueError(
-            f"--model: {work.model!r} cannot be loaded ({str(error).splitlines()[0][:300]}). A run, a Hugging Face "
+            f"--model: {work.model!r} cannot be loaded ({short(error)}). A run, a Hugging Face "
             "folder with a tokenizer, or a name where the hub can be reached is allowed. Correct it."
         ) from None
     largest, rows = max(tokenizer.get_vocab().values(), default=-1), int(model.get_input_embeddings().num_embeddings)  # type: ignore[arg-type]

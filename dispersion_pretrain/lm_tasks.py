@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import logging
 import math
 import os
@@ -46,7 +45,7 @@ def load_tasks(
             if task.held_out is not None:
                 found = TaskManager(include_defaults=False).load([held_out.task_config(task, text)])
             elif task.task not in dataset_mirror.index():
-                errors[task.task] = _unknown(task.task)
+                errors[task.task] = dataset_mirror.unknown_task(task.task)
                 continue
             else:
                 # A manager of its own reads the few files of the task; the default one all 14,000 again.
@@ -70,12 +69,6 @@ def load_tasks(
         group = found.get("groups", {}).get(task.task)
         loaded[task.task] = [group] if group is not None else list(found["tasks"].values())
     return loaded, errors
-
-
-def _unknown(name: str) -> str:
-    nearest = difflib.get_close_matches(name, dataset_mirror.index(), n=3)
-    near = f" The nearest are {', '.join(nearest)}." if nearest else ""
-    return f"{name}: lm-eval has no such task.{near} One of `lm-eval ls tasks` is allowed. Correct the suite."
 
 
 def _use_cache_without_hub() -> None:

@@ -418,14 +418,18 @@ def peak_flops(device_name: str, precision: Literal["bf16", "float32"]) -> float
     return None
 
 
-def model_flops_per_token(num_parameters: int, num_layers: int, width: int, sequence_length: int) -> int:
+def model_flops_per_token(num_parameters: int, num_layers: int, attention_width: int, sequence_length: int) -> int:
     """Return 6 N + 12 L d s, the model FLOPs of forward and backward for one token.
 
-    N counts every parameter once, embeddings included. Attention is counted as if every position saw all s
-    positions: the causal mask is not discounted. Recomputed activations and the dispersion loss do not count.
+    Args:
+        num_parameters: N, of the matrices that a token is multiplied with: the head, and no table that is looked up.
+        attention_width: d, heads x width of a head.
+
+    Attention is counted as if every position saw all s positions: the causal mask is not discounted. Recomputed
+    activations and the dispersion loss do not count.
     Source: Chowdhery et al. 2022 (PaLM), appendix B.
     """
-    return 6 * num_parameters + 12 * num_layers * width * sequence_length
+    return 6 * num_parameters + 12 * num_layers * attention_width * sequence_length
 
 
 def memory_gib() -> float:

@@ -30,6 +30,7 @@ class ModelSize:
     matmul_parameters: int  # without look-up tables: what a token is multiplied with
     layers: int
     width: int
+    attention_width: int  # heads x their width: not the model's in Qwen3
     vocabulary: int
 
 
@@ -54,7 +55,7 @@ def model_config(settings: ModelSettings, *, vocabulary: int | None, sequence_le
             config = AutoConfig.for_model(model_type, **fields)
         except Exception as error:  # whatever the fields of one of its many classes lead to
             raise ValueError(
-                f"model.config: transformers refuses it ({_short(error)}). A causal language model's config "
+                f"model.config: transformers refuses it ({short(error)}). A causal language model's config "
                 "fields are needed. Correct them."
             ) from None
         known = set(type(config)().to_dict()) | set(getattr(config, "attribute_map", {}))
@@ -69,10 +70,10 @@ def model_config(settings: ModelSettings, *, vocabulary: int | None, sequence_le
         assert settings.pretrained is not None
         try:
             config = AutoConfig.from_pretrained(settings.pretrained, trust_remote_code=False)
-        except (OSError, ValueError) as error:
+        except Exception as error:  # whatever the files of one of its many classes lead to
             refuse_own_code(f"model.pretrained: {settings.pretrained!r}", error)
             raise ValueError(
-                f"model.pretrained: {settings.pretrained!r} cannot be loaded ({str(error).splitlines()[0][:300]}). A "
+                f"model.pretrained: {settings.pretrained!r} cannot be loaded ({short(error)}). A "
                 "local Hugging Face folder, or a "
                 "name where the hub can be reached, is needed. Correct the path."
             ) from None
@@ -92,7 +93,8 @@ def refuse_own_code(place: str, error: Exception) -> None:
         ) from None
 
 
-def _short(error: Exception) -> str:
+def short(error: Exception) -> str:
+    """What an exception of a library says, in one line of at most 300 characters."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
@@ -146,10 +148,10 @@ def build_model(settings: ModelSettings, config: PretrainedConfig) -> PreTrained
             model = AutoModelForCausalLM.from_pretrained(
                 settings.pretrained, config=config, dtype=torch.float32, trust_remote_code=False, **options
             )
-        except (OSError, ValueError) as error:
+        except Exception as error:  # whatever transformers and the readers of its files make of damaged ones
             raise ValueError(
-                f"model.pretrained: {settings.pretrained!r} does not load ({str(error)[:300]}). Correct the folder "
-                "or name."
+                f"model.pretrained: {settings.pretrained!r} does not load ({short(error)}). Whole weights that fit its "
+                "config are needed. Correct the folder or name."
             ) from None
     else:
         try:
@@ -209,7 +211,7 @@ def model_size(settings: ModelSettings, config: PretrainedConfig) -> ModelSize:
             raise ValueError(f"{layers} layers of width {width}; at least 1 of each is needed")
     except Exception as error:  # whatever the fields of one of transformers' many classes lead to
         raise ValueError(
-            f"model: transformers cannot build it ({_short(error)}). The fields of a working model are needed. Correct "
+            f"model: transformers cannot build it ({short(error)}). The fields of a working model are needed. Correct "
             "model.config or model.attention."
         ) from None
     if settings.activation_checkpointing:
@@ -226,8 +228,15 @@ def model_size(settings: ModelSettings, config: PretrainedConfig) -> ModelSize:
         matmul_parameters=parameters - look_up,
         layers=layers,
         width=width,
+        attention_width=_attention_width(config),
         vocabulary=int(config.vocab_size),
     )
+
+
+def _attention_width(config: PretrainedConfig) -> int:
+    """Heads x width of a head; the model's own width where the config does not say otherwise."""
+    heads, of_head = getattr(config, "num_attention_heads", None), getattr(config, "head_dim", None)
+    return heads * of_head if isinstance(heads, int) and isinstance(of_head, int) else int(config.hidden_size)
 
 
 def load_exported(folder: str | Path, *, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
@@ -237,14 +246,18 @@ def load_exported(folder: str | Path, *, dtype: torch.dtype = torch.float32) -> 
 
 # Sizes of `tiny_fields`, by transformers' own names; each family maps them to its names or has no such field.
 TINY_VOCABULARY, TINY_LAYERS = 64, 2
-_TINY_SIZES = {
+_TINY_SIZES: dict[str, Any] = {
     "num_hidden_layers": TINY_LAYERS, "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2,
     "head_dim": 8, "intermediate_size": 48, "max_position_embeddings": 64, "vocab_size": TINY_VOCABULARY,
+    # what some families have beside these: GPT-J, OPT, GPT-Neo, mixtures of experts
+    "rotary_dim": 4, "ffn_dim": 48, "word_embed_proj_dim": 32, "attention_types": [[["global", "local"], 1]],
+    "moe_intermediate_size": 48, "num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2,
+    "shared_expert_intermediate_size": 48,
 }  # fmt: skip
 
 
 def tiny_fields(config: PretrainedConfig) -> dict[str, Any]:
-    """Fields for `model.config` of a model of the same family with about 20,000 parameters and no dropout.
+    """Fields for `model.config` of a model of the same family with some 20,000 to 60,000 parameters and no dropout.
 
     2 layers of width 32, vocabulary 64, 64 positions; all else is the family's default, but tied embeddings stay as
     they are: an engine treats them differently.

@@ -67,6 +67,9 @@ class StepContext(NamedTuple):
 class GradientRatioCap:
     """Bounds the norm of the dispersion gradient by a multiple of the other terms', both at the last hidden state.
 
+    The other terms are cross-entropy, and distillation with its weight where there is a teacher: what the term competes
+    with. Taking the two apart would need a backward pass of the head for each.
+
     Both are known only when a step's backward passes are over, so a step is bounded by what the step before showed; the
     first step is not. The term's gradient is proportional to its coefficient, so the bound is one on the coefficient.
     """
@@ -120,6 +123,8 @@ class GradientRatioCap:
 class DispersionTerm(nn.Module):
     """Samples positions, gathers embeddings over the pool's ranks, and averages the loss over pools and layers."""
 
+    layer_numbers: Tensor  # (chosen layers,)
+
     def __init__(
         self,
         settings: DispersionSettings,
@@ -143,6 +148,8 @@ class DispersionTerm(nn.Module):
         self.settings = settings
         self.options = options_of(settings)
         self.layers = layers
+        # On the device from the start: copied there in a step, the host would wait for all of the model's blocks.
+        self.register_buffer("layer_numbers", torch.tensor(layers), persistent=False)
         self.seed = seed
         self.pools_per_rank = pools_per_rank
         self.pool_group = pool_group
@@ -177,10 +184,9 @@ class DispersionTerm(nn.Module):
                 "embeddings travel together. Choose layers of one width."
             )
         length, dim = hidden_states[self.layers[0]].shape[1:]
-        layers = torch.tensor(self.layers, device=sample_index.device)
         num_tokens = self.settings.tokens_per_sequence
         positions = sample_positions(
-            self.seed, step, sample_index, layers, num_tokens=num_tokens, sequence_length=length
+            self.seed, step, sample_index, self.layer_numbers, num_tokens=num_tokens, sequence_length=length
         )
         sampled = [
             hidden_states[layer].gather(1, positions[place].unsqueeze(-1).expand(-1, -1, dim))

@@ -172,12 +172,50 @@ def _score_cell(suite: str, tasks: list[str], metric: str, arm: Arm, reference: 
         listed = ", ".join(map(str, seeds))
         notes.append(f"{arm.name} against {reference.name}: only seed{'s' * (len(seeds) > 1)} {listed} in pairs.")
     sides = [[side.by_seed[seed] for seed in seeds or found] for side, found in ((arm, mine), (reference, theirs))]
+    unlike = {task: _unlike([*sides[0], *sides[1]], suite, task, metric) for task in tasks}
+    if any(unlike.values()):  # not the same questions: a difference would be no effect of the arm
+        notes += [
+            f"{task}: {arm.name} and {reference.name} were not asked the same (they differ in {', '.join(names)}), so "
+            "they are not compared."
+            for task, names in unlike.items()
+            if names
+        ]
+        return cell
     if not seeds:
         notes.append(f"{arm.name} against {reference.name}: no seed in common, so seeds are averaged, not resampled.")
     pairs = [_pairs(suite, task, metric, *sides, is_paired=bool(seeds), notes=notes) for task in tasks]
     difference, basis = _judge(pairs)
     num_examples = sum(pair.num_examples for pair in pairs) if basis.startswith("examples") else 0
     return cell._replace(difference=difference, num_pairs=len(seeds), basis=basis, num_examples=num_examples)
+
+
+def _unlike(runs: list[Run], suite: str, task: str, metric: str) -> list[str]:
+    """In what the evaluations of a task differ besides the model: settings, or the weights of examples of one key."""
+    asked = [_asked(run, suite, task) for run in runs]
+    names = [name for name in asked[0] if any(one[name] != asked[0][name] for one in asked[1:])]
+    found = [run.examples.get(suite, {}).get((task, metric)) for run in runs]
+    weighted = [one for one in found if one is not None and one.weights is not None]
+    if not names and len(weighted) > 1:
+        keys = _common_keys(weighted)
+        first, *others = [_aligned(one.keys, one.weights, keys) for one in weighted if one.weights is not None]
+        if not all(np.array_equal(first, other) for other in others):
+            names.append("weights of examples")
+    return names
+
+
+def _asked(run: Run, suite: str, task: str) -> dict[str, Any]:
+    """What decides the scores of a task besides the model."""
+    settings = run.evaluations[suite].get("settings") or {}
+    identity = settings.get("identity") or {}
+    entries = (identity.get("suite") or {}).get("tasks") or []
+    entry: dict[str, Any] = next((one for one in entries if one.get("task") == task), {})
+    return {
+        "definition of the task": entry,
+        "--limit": identity.get("limit"),
+        "--max-length": identity.get("max_length"),
+        "corpus": identity.get("corpus_sha256") if entry.get("held_out") else None,
+        "version of lm-eval": identity.get("lm_eval"),
+    }
 
 
 class _Pairs(NamedTuple):
@@ -286,8 +324,12 @@ def _squared_error(run: Run, suite: str, task: str, metric: str) -> float:
 def _ranks(lines: list[Line], by_task: dict[str, list[str]], main: str, num_arms: int) -> tuple[list[float], int]:
     """Mean ranks over the tasks that all arms have, each task by its main metric, or else by its first."""
     chosen = {task: main if main in metrics else metrics[0] for task, metrics in by_task.items()}
-    complete = [
-        line for line in lines if chosen[line.task] == line.metric and all(cell.num_seeds for cell in line.cells)
+    complete = [  # the reference alone has no difference
+        line
+        for line in lines
+        if chosen[line.task] == line.metric
+        and all(cell.num_seeds for cell in line.cells)
+        and sum(cell.difference is None for cell in line.cells) == 1
     ]
     if num_arms < 2 or not complete:
         return [], 0

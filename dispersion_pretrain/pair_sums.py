@@ -26,6 +26,8 @@ from dispersion_pretrain import angular_kernel, heartbeat
 # Pairs held at once by the sweep. A temporary of 1 Mi float32 pairs is 4 MiB: it stays in a processor's cache from
 # step to step (12 % faster than 4 Mi at 4096 embeddings of 1024).
 _PAIRS_PER_BLOCK = 1024 * 1024
+# On a GPU a block is a dozen kernel launches, and a temporary of 64 MiB is little of its memory.
+_PAIRS_PER_GPU_BLOCK = 16 * _PAIRS_PER_BLOCK
 # Rows of a block are a multiple of this, so that the compiled sweep's tiles do not straddle blocks.
 _ROW_MULTIPLE = 64
 # From so many pairs on, a quarter of the inner products saved is worth a second matrix product and a second sweep. One
@@ -48,13 +50,15 @@ class DispersionOptions(NamedTuple):
 class PairSum(NamedTuple):
     """A variant whose loss is a mean, or the logarithm of a mean of exponentials, over pairs i != j."""
 
-    # Of cosines: terms(cosine, options) -> f, df/dc. Of squared distances: terms(q, a, options) -> f, df/dq, df/da with
-    # q = |x_i - x_j|^2 and a = |x_i|^2 + |x_j|^2. All elementwise, float32 or float64, (sets, rows, columns).
+    # Of cosines, or inner products of raw vectors: terms(c, options) -> f, df/dc. Of squared distances: terms(q, a,
+    # options) -> f, df/dq, df/da with q = |x_i - x_j|^2 and a = |x_i|^2 + |x_j|^2. All elementwise, float32 or float64,
+    # (sets, rows, columns).
     terms: Callable[..., tuple[Tensor, ...]]
     of: Literal["cosine", "distance"]
     # unit: x = z / (|z| + epsilon); standardised: the same after each z has lost its mean over features; raw: x = z.
     vectors: Literal["unit", "standardised", "raw"]
     logarithm: bool  # the loss is log mean exp(f) rather than mean f
+    ignores_origin: bool = False  # f is of q alone: raw vectors are taken from their mean, where they round less
     has_clamp: bool = False  # f clamps cosines at `edge_of_clamp`
     has_kernel: bool = False  # `angular_kernel` computes it on CPUs in float32
     penalizes_norms: bool = False  # norm_weight x mean square is added
@@ -183,8 +187,8 @@ def in_full_precision(embeddings: Tensor) -> Tensor:
 
 def _prepare(pool: Pool, pair: PairSum) -> _Vectors:
     z, scale, norm, epsilon = pool
-    if pair.vectors == "raw":  # distances do not change with the origin; near the vectors they round less
-        z = z - z.mean(1, keepdim=True)
+    if pair.vectors == "raw":
+        z = z - z.mean(1, keepdim=True) if pair.ignores_origin else z
         square = z.square().sum(-1)
         return _Vectors(z, z, torch.ones_like(square), torch.zeros_like(square), square, square)
     if pair.vectors == "standardised":  # a combination of centred vectors is centred: so is the gradient as it comes
@@ -221,7 +225,8 @@ def _sweep(vectors: _Vectors, own: slice, pair: PairSum, options: DispersionOpti
     clamped, product = like.new_zeros(2, num_sets, dtype=torch.float64)
     shift, gradient = like.new_empty(num_sets, num_rows), like.new_empty(num_sets, num_rows, dim)
     block_terms = _compiled_block_terms() if like.is_cuda else _block_terms
-    for sets, rows in _blocks(num_sets, num_rows, num_columns, 1):
+    pairs = _PAIRS_PER_GPU_BLOCK if like.is_cuda else _PAIRS_PER_BLOCK
+    for sets, rows in _blocks(num_sets, num_rows, num_columns, 1, pairs):
         part = _Vectors(*(field[sets] for field in vectors))
         in_pool = slice(own.start + rows.start, own.start + rows.stop)
         block = _Vectors(*(field[:, in_pool] for field in part))
@@ -236,12 +241,12 @@ def _sweep(vectors: _Vectors, own: slice, pair: PairSum, options: DispersionOpti
     return _Found(value.logsumexp(1) if pair.logarithm else value.sum(1), shift, clamped, product, gradient)
 
 
-def _blocks(num_sets: int, num_rows: int, num_columns: int, multiple: int) -> list[tuple[slice, slice]]:
-    """Blocks (sets, rows) of at most `_PAIRS_PER_BLOCK` pairs: several whole sets, or some rows of one."""
-    sets = max(1, _PAIRS_PER_BLOCK // max(1, num_rows * num_columns))
+def _blocks(num_sets: int, num_rows: int, num_columns: int, multiple: int, pairs: int) -> list[tuple[slice, slice]]:
+    """Blocks (sets, rows) of at most so many pairs: several whole sets, or some rows of one, a multiple of them."""
+    sets = max(1, pairs // max(1, num_rows * num_columns))
     rows = num_rows
-    if num_rows * num_columns > _PAIRS_PER_BLOCK:
-        rows = max(multiple, _PAIRS_PER_BLOCK // num_columns // multiple * multiple)
+    if num_rows * num_columns > pairs:
+        rows = max(multiple, pairs // num_columns // multiple * multiple)
     return [
         (slice(first_set, min(first_set + sets, num_sets)), slice(first_row, min(first_row + rows, num_rows)))
         for first_set in range(0, num_sets, sets)
@@ -374,7 +379,7 @@ def _against_pool(z: Tensor, own: slice, sums: angular_kernel.AngularSums) -> Te
     """Gradient of own rows against a pool of which they are a part."""
     num_sets, num_columns, _ = z.shape
     gradient = torch.empty_like(z[:, own])
-    for sets, rows in _blocks(num_sets, gradient.shape[1], num_columns, _ROW_MULTIPLE):
+    for sets, rows in _blocks(num_sets, gradient.shape[1], num_columns, _ROW_MULTIPLE, _PAIRS_PER_BLOCK):
         first = own.start + rows.start
         weights = torch.bmm(z[sets, first : own.start + rows.stop], z[sets].transpose(1, 2))
         sums.add_rows_against_pool(weights, first_set=sets.start, first_row=rows.start, diagonal=first)
@@ -386,7 +391,7 @@ def _against_rest(z: Tensor, sums: angular_kernel.AngularSums) -> Tensor:
     """Gradient of large sets, each block of rows against itself and the rows after it."""
     num_sets, tokens, _ = z.shape
     gradient = torch.zeros_like(z)
-    for sets, rows in _blocks(num_sets, tokens, tokens, _ROW_MULTIPLE):
+    for sets, rows in _blocks(num_sets, tokens, tokens, _ROW_MULTIPLE, _PAIRS_PER_BLOCK):
         part, of_sets = z[sets, rows], gradient[sets]
         weights = torch.bmm(part, z[sets, rows.start :].transpose(1, 2))
         sums.add_rows_against_rest(weights, weights, first_set=sets.start, first_row=rows.start)

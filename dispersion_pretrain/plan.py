@@ -104,7 +104,7 @@ class Planner:
         )
         tokens = settings.training.global_batch_tokens
         flops = tokens * metrics.model_flops_per_token(
-            size.matmul_parameters, size.layers, size.width, settings.data.sequence_length
+            size.matmul_parameters, size.layers, size.attention_width, settings.data.sequence_length
         )
         return Estimate(
             layout=layout,

@@ -170,7 +170,7 @@ def _compute_s(
     """Of a micro-step; recompute adds a forward pass, a teacher its own."""
     tokens = layout.micro_batch * settings.data.sequence_length
     model_flops = tokens * metrics.model_flops_per_token(
-        size.matmul_parameters, size.layers, size.width, settings.data.sequence_length
+        size.matmul_parameters, size.layers, size.attention_width, settings.data.sequence_length
     )
     with_teacher = 1 + 2 * teacher_parameters * tokens / model_flops
     peak = machine.peak(settings.model.precision)

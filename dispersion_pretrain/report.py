@@ -52,8 +52,14 @@ def write_report(
         tables_folder: where to write each table as CSV and LaTeX.
 
     Raises:
-        ValueError: a folder is no run, none is given, or no arm has the reference's name.
+        ValueError: a folder is no run, none is given, no arm has the reference's name, or a file is where a folder is
+            to be, or the reverse.
     """
+    if Path(out).is_dir():
+        raise ValueError(f"--out: {out} is a folder. The name of a file is needed. Add one, such as page.html.")
+    for option, folder in (("--figures", figures_folder), ("--tables", tables_folder)):
+        if folder is not None and Path(folder).exists() and not Path(folder).is_dir():
+            raise ValueError(f"{option}: {folder} is a file. The name of a folder is needed. Choose another.")
     report = compile_report(folders, reference)
     gallery = draw_all(report.runs, report.arms)
     _write_atomically(Path(out), render(report, gallery).encode())
@@ -163,6 +169,13 @@ def _reservations(report: Report) -> list[str]:
     if len({tokens for tokens, _ in ends}) > 1:
         sentences.append(f"The runs have not seen the same number of tokens ({_some(ends)}): compare at equal tokens.")
     others = [arm for arm in report.arms if arm is not report.reference]
+    for arm in others:
+        seeds = paired_seeds(arm, report.reference)
+        if seeds and len(seeds) < max(len(arm.runs), len(report.reference.runs)):
+            sentences.append(
+                f"Figures of {arm.name} and {report.reference.name} are means over all their seeds, differences are of "
+                f"the pairs alone (seed{'s' * (len(seeds) > 1)} {_listed([str(seed) for seed in seeds])})."
+            )
     single = [arm.name for arm in others if len(paired_seeds(arm, report.reference)) < 2]
     if single:
         sentences.append(

@@ -31,18 +31,25 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if not options.suite and not options.condensation:
         parser.error("--suite: is missing. A suite or --condensation says what to bring. Give one.")
+    if options.out.exists() and not options.out.is_dir():
+        parser.error(f"--out: {options.out} is a file. The name of a folder is needed. Choose another.")
+    unknown = []
     try:
         parts = list(dataset_mirror.CONDENSATION) if options.condensation else []
-        for suite in options.suite:
-            for task in load_suite(suite).tasks:
-                parts += [part for of_task in dataset_mirror.parts_of(task).values() for part in of_task]
+        for task in (task for suite in options.suite for task in load_suite(suite).tasks):
+            if task.held_out is None and task.task not in dataset_mirror.index():
+                unknown.append(dataset_mirror.unknown_task(task.task))
+                continue
+            parts += [part for of_task in dataset_mirror.parts_of(task).values() for part in of_task]
         files = dataset_mirror.fill(options.out, parts, options.source)
     except (ValueError, RuntimeError, OSError) as error:
-        print(error, file=sys.stderr)
+        print("\n".join([*unknown, str(error)]), file=sys.stderr)
         return 1
     total = sum(file["bytes"] for file in files.values())
     print(f"{options.out}: {len(files)} files, {total / 2**20:.1f} MiB")
-    return 0
+    if unknown:  # the other tasks' data sets are there
+        print("\n".join(unknown), file=sys.stderr)
+    return 1 if unknown else 0
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from integration.jobs import command, finish, trajectory, write_config
 from small_run import launch_script
 from spawn import run_ranks
 
-FAMILIES = ["gpt2", "qwen3", "llama", "bloom", "olmo2"]
+FAMILIES = ["gpt2", "qwen3", "llama", "bloom", "olmo2", "gptj", "gpt_neo", "qwen3_moe"]
 
 
 def settings_for(ranks: int, **changes: Any) -> Settings:

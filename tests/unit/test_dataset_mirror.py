@@ -111,3 +111,18 @@ def test_a_data_set_that_cannot_be_had_is_named_and_the_rest_is_kept(
     assert not (tmp_path / "out" / "manifest.json").exists()
     partial = json.loads((tmp_path / "out" / "partial.json").read_text())
     assert list(partial["files"]) == ["baber/piqa/default/train.parquet", "baber/piqa/default/validation.parquet"]
+
+
+def test_an_unknown_task_is_named_and_the_other_data_sets_are_brought(
+    hub: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    known = next(task for task in TASKS if task["task"] == "piqa")
+    suite = small_suite(tmp_path, known, {**known, "task": "arc_eazy", "dataset": None})
+    mirror, out = launch_script("mirror_datasets"), tmp_path / "mirror"
+    filled = ["--suite", str(suite), "--out", str(out), "--source", str(hub)]
+    assert mirror.main(filled) == 1
+    assert "arc_eazy: lm-eval has no such task. The nearest are arc_easy" in capsys.readouterr().err
+    assert list(out.rglob("*.parquet")) and (out / "manifest.json").is_file()
+    (out / "manifest.json").write_text('{"files": ')
+    assert mirror.main(filled) == 1
+    assert f"{out / 'manifest.json'}: is damaged" in capsys.readouterr().err

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import re
 from typing import Any
 
 import pytest
@@ -123,6 +124,20 @@ def test_wrong_tensors_are_refused(embeddings: torch.Tensor, message: str) -> No
 def test_settings_out_of_range_are_refused(key: str, value: float) -> None:
     with pytest.raises(ValueError, match=f"^{key}: {value} is not allowed"):
         dispersion_loss(torch.ones(1, 3, 2), **{key: value})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("temperature", "1"), ("temperature", None), ("temperature", True), ("cosine_clamp", "0.1"), ("margin", [1])],
+)
+def test_settings_that_are_no_numbers_are_refused(key: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=f"^{key}: {re.escape(repr(value))} is no number"):
+        dispersion_loss(torch.ones(1, 3, 2), **{key: value})
+
+
+def test_a_temperature_without_a_reciprocal_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"^temperature: 1e-40 is not allowed. It must be > 0 \(at least 1e-30\)"):
+        dispersion_loss(torch.ones(1, 3, 2), temperature=1e-40)
 
 
 def test_unknown_names_are_refused_with_the_known_ones() -> None:

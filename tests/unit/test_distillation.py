@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import Iterator
@@ -20,8 +21,8 @@ from dispersion_pretrain import baselines
 from dispersion_pretrain.assembly import Plan
 from dispersion_pretrain.baselines import Distillation, load_teacher, plan_teacher
 from dispersion_pretrain.checkpoint import CheckpointInfo
-from dispersion_pretrain.config import DistillationSettings, Settings
-from dispersion_pretrain.objective import LossTerms, TrainingModule
+from dispersion_pretrain.config import DispersionSettings, DistillationSettings, Settings
+from dispersion_pretrain.objective import DispersionTerm, LossTerms, TrainingModule
 from dispersion_pretrain.resume import _refuse_other_run
 from dispersion_pretrain.settings_file import dump_settings, parse_settings
 from small_run import SEQUENCE_LENGTH, VOCABULARY, small_settings, write_corpus
@@ -141,6 +142,26 @@ class TestDistillingModule:
         terms = TrainingModule(student(), None)(batch(), torch.arange(4), context())
         assert isinstance(terms, LossTerms)
         assert terms.distillation == 0 and torch.equal(terms.total, terms.cross_entropy)
+
+    def test_the_ratio_of_gradients_counts_it_with_cross_entropy(self) -> None:
+        """Of the term's to all the rest, at the last hidden state: as autograd has it."""
+        teacher = Teacher(random_logits(1, 4, LENGTH, ENTRIES))
+        settings = DispersionSettings(
+            layers="last", pool_sequences=2, tokens_per_sequence=6, gradient_ratio_cap=0.5, coefficient=1.0
+        )
+        term = DispersionTerm(settings, layers=[2], seed=3, pools_per_rank=2, pool_group=None)
+        model = student().eval()
+        norms = {}
+        for weight in (1.0, 50.0):
+            module = TrainingModule(model, term, distillation=distillation(teacher, weight=weight))
+            module.train().model.eval()
+            module(batch(), torch.arange(4), context()._replace(coefficient=1.0)).total.backward()
+            assert term.cap is not None and term.cap._squares is not None
+            norms[weight] = term.cap._squares.sqrt().tolist()
+            term.cap.end_step(1.0)
+            assert term.cap.ratio == pytest.approx(norms[weight][0] / norms[weight][1])
+        assert norms[1.0][0] == pytest.approx(norms[50.0][0]), "the term's own does not change"
+        assert norms[50.0][1] > 5 * norms[1.0][1]
 
     def test_the_teacher_is_no_part_of_the_module(self, tmp_path: Path) -> None:
         teacher = student("llama").eval().requires_grad_(False)
@@ -300,6 +321,29 @@ class TestLoading:
         loaded = load_teacher(settings, plan.config)
         assert not loaded.training
         assert all(p.dtype == dtype and not p.requires_grad for p in loaded.parameters())
+
+    @pytest.mark.parametrize("damage", ["truncated", "empty", "garbage", "of another width"])
+    def test_weights_that_are_damaged(self, corpus: Path, tmp_path: Path, damage: str) -> None:
+        teacher = write_teacher(tmp_path, None)
+        settings, weights = settings_with(corpus, distillation={"teacher": teacher}), tmp_path / "model.safetensors"
+        config = AutoConfig.from_pretrained(tmp_path)
+        whole = weights.read_bytes()
+        if damage == "of another width":
+            config.n_embd *= 2
+        else:
+            weights.write_bytes({"truncated": whole[:-100], "empty": b"", "garbage": b"\xff" * 5000}[damage])
+        with pytest.raises(ValueError, match=r"^distillation\.teacher: the weights of .* do not load \(\w+: "):
+            load_teacher(settings, config)
+
+    @pytest.mark.parametrize(
+        "fields", [[], {"n_head": 0}, {"activation_function": "none"}, {"n_embd": "wide"}, {"dtype": "float7"}]
+    )
+    def test_a_config_that_makes_no_model(self, corpus: Path, tmp_path: Path, fields: Any) -> None:
+        teacher = write_teacher(tmp_path, corpus / "tokenizer")
+        path = tmp_path / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | fields if isinstance(fields, dict) else fields))
+        with pytest.raises(ValueError, match=r"^distillation\.teacher: '.*' cannot be loaded \(\w+"):
+            describe(corpus, distillation={"teacher": teacher})
 
     def test_weights_that_are_missing(self, corpus: Path, tmp_path: Path) -> None:
         student("llama", vocab_size=VOCABULARY).model.save_pretrained(tmp_path)  # without the head

@@ -184,3 +184,24 @@ def test_answers_beyond_the_context_are_an_error_of_their_task(run: Path, tmp_pa
     assert list(results["results"]) == ["held_out_text"]
     (error,) = results["errors"].values()
     assert error.startswith("held_out_continuation: an answer has more tokens than the model's context. Shorter ones")
+
+
+def test_a_model_without_a_tokenizer_is_named(run: Path, corpus: Path, tmp_path: Path) -> None:
+    small_model(small_settings(corpus), seed=1).save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match=r"^--model: '.*model' cannot be loaded .* with a tokenizer"):
+        evaluate_model(
+            str(tmp_path / "model"), write_suite(tmp_path, TEXT), tmp_path / "out", Options(corpus=str(corpus))
+        )
+
+
+@pytest.mark.parametrize(
+    ("step", "message"),
+    [("15", r"has no checkpoint of step 15\. Saved steps: 10"), ("abc", "--model: 'abc' in .* is no step")],
+)
+def test_a_step_that_is_not_there_is_named_and_leaves_no_trace(
+    run: Path, tmp_path: Path, step: str, message: str
+) -> None:
+    before = sorted(run.rglob("*"))
+    with pytest.raises(ValueError, match=message):
+        evaluate_model(f"{run}@{step}", write_suite(tmp_path, TEXT), None, Options())
+    assert sorted(run.rglob("*")) == before

@@ -196,6 +196,13 @@ class TestSize:
         else:
             assert size.parameters == pytest.approx(PUBLISHED[path.stem], rel=0.04)
 
+    @pytest.mark.parametrize(("name", "attention_width"), [("gpt2_small", 768), ("qwen3_0.6b", 16 * 128)])
+    def test_attention_is_as_wide_as_its_heads_together(self, name: str, attention_width: int) -> None:
+        settings = shipped(next(path for path in SHIPPED if path.stem == name))
+        vocabulary = (settings.config or {}).get("vocab_size", CORPUS_VOCABULARY)
+        config = model_config(settings, vocabulary=vocabulary, sequence_length=256)
+        assert model_size(settings, config).attention_width == attention_width
+
     @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
     def test_the_comment_of_a_shipped_model_says_its_size(self, path: Path) -> None:
         settings = shipped(path)

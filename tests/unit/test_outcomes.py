@@ -122,6 +122,10 @@ def test_seeds_without_a_counterpart_are_left_out_of_pairs_and_named(tmp_path: P
     _, suite = outcome(folders)
     cell = suite.lines[0].cells[1]
     assert (cell.num_seeds, cell.num_pairs) == (3, 2)
+    compiled, _ = outcome(folders[:4])  # seed 0 alone has both arms
+    assert any(
+        sentence.endswith("differences are of the pairs alone (seed 0).") for sentence in report.findings(compiled)
+    )
     assert "dispersion against baseline: only seeds 1, 2 in pairs." in suite.notes
     # No seed in common at all: examples are still paired.
     _, suite = outcome([folders[1], folders[5]])
@@ -194,6 +198,68 @@ def test_examples_are_paired_by_key_in_whatever_order(tmp_path: Path) -> None:
     _, wrong = outcome(folders)
     errors = [one.lines[0].cells[1].difference for one in (after, wrong)]
     assert errors[0] and errors[1] and errors[1].standard_error > 1.5 * errors[0].standard_error
+
+
+def rewrite_identity(folder: Path, **changes: Any) -> None:
+    """Say with what settings an evaluation was made; keys of `changes` with a task replace fields of its entry."""
+    path = next(folder.rglob("results.json"))
+    content = json.loads(path.read_text())
+    entries = [{"task": task, "num_fewshot": 0, "limit": None, "held_out": None} for task in content["results"]]
+    entries[0] |= changes.pop("entry", {})
+    identity = {"suite": {"tasks": entries}, "limit": None, "corpus_sha256": "a", "lm_eval": "0.4", **changes}
+    path.write_text(json.dumps(content | {"settings": {"identity": identity}}))
+
+
+@pytest.mark.parametrize(
+    ("mine", "theirs", "difference"),
+    [
+        ({}, {"entry": {"num_fewshot": 5}}, "definition of the task"),
+        ({}, {"limit": 100}, "--limit"),
+        ({"max_length": 64}, {"max_length": 128}, "--max-length"),
+        ({}, {"lm_eval": "0.5"}, "version of lm-eval"),
+        (
+            {"entry": {"held_out": {"documents": 64}}},
+            {"entry": {"held_out": {"documents": 64}}, "corpus_sha256": "b"},
+            "corpus",
+        ),
+    ],
+)
+def test_answers_to_unlike_questions_are_not_compared(
+    mine: dict[str, Any], theirs: dict[str, Any], difference: str, tmp_path: Path
+) -> None:
+    folders = two_arms(tmp_path, 0.2, seeds=(0,), tasks=TASKS[:2])
+    rewrite_identity(folders[0], **mine)
+    rewrite_identity(folders[1], **theirs)
+    compiled, suite = outcome(folders)
+    first = suite.lines[0].cells[1]
+    assert first.mean is not None and first.difference is None
+    says = f"{TASKS[0]}: dispersion and baseline were not asked the same (they differ in {difference}), so they are not"
+    assert any(note.startswith(says) for note in suite.notes), suite.notes
+    assert suite.lines[-1].task == "average" and suite.lines[-1].cells[1].difference is None
+    assert suite.num_ranked < 2
+    assert not any("significant" in one for one in report.findings(compiled) if one.startswith("paper: average"))
+
+
+def test_a_corpus_is_no_difference_where_no_task_reads_it(tmp_path: Path) -> None:
+    folders = two_arms(tmp_path, 0.2, seeds=(0,), tasks=TASKS[:2])
+    rewrite_identity(folders[0], corpus_sha256="a")
+    rewrite_identity(folders[1], corpus_sha256="b")
+    _, suite = outcome(folders)
+    assert all(line.cells[1].difference for line in suite.lines) and suite.num_ranked == 2
+
+
+def test_examples_of_one_key_with_other_weights_are_not_compared(tmp_path: Path) -> None:
+    folders = [make_run(tmp_path / name, settings=seeded(name, 0, dispersion=section)) for name, section in BOTH]
+    keys, values = [f"text/{number}" for number in range(60)], np.linspace(-200, -100, 60)
+    for folder, scale in zip(folders, (1.0, 1.5), strict=True):
+        weights = 50.0 * scale * np.ones(60)
+        perplexity = float(np.exp(-values.sum() / weights.sum()))
+        written = write_results(folder, "paper", 40, {"text": {"byte_perplexity": perplexity, "samples": 60}})
+        entry = {"keys": keys, "values": values.tolist(), "weights": weights.tolist()}
+        write_examples(written, {"text": {"byte_perplexity": entry}})
+    _, suite = outcome(folders)
+    assert suite.lines[0].cells[1].difference is None
+    assert any("they differ in weights of examples" in note for note in suite.notes)
 
 
 def test_examples_that_not_all_have_are_left_out_and_counted(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -105,3 +106,49 @@ def test_a_target_runs_each_arm_with_each_seed(target: str, arms: list[str]) -> 
     assert (ROOT / script).is_file()
     for arm in arms:
         assert (ROOT / config.replace("$arm", arm)).is_file(), config
+
+
+def test_an_arm_that_fails_keeps_no_other_from_running(tmp_path: Path) -> None:
+    """The targets' own recipes, with commands that only write down their arguments, one of each kind failing."""
+    (tmp_path / "launch").symlink_to(ROOT / "launch")
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    stamps = [".venv/.installed", "data/wikitext103-gpt2/corpus.json"]
+    stub = '#!/bin/bash\necho "$(basename "$0") $*" >> "$CALLS"\n[[ "$*" != *"$FAILS"* ]]\n'
+    for name in ("python", "deepspeed"):
+        path = tmp_path / ".venv" / "bin" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(stub)
+        path.chmod(0o755)
+    for stamp in stamps:
+        (tmp_path / stamp).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / stamp).touch()
+
+    def calls(target: str, fails: str, *more: str) -> tuple[int, list[str], str]:
+        log = tmp_path / "calls"
+        log.unlink(missing_ok=True)
+        outside = {key: value for key, value in os.environ.items() if key not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
+        path = f"{tmp_path}/.venv/bin:{outside['PATH']}"
+        command = ["make", "-o", "setup", *(word for stamp in stamps for word in ("-o", stamp)), target, *more]
+        done = subprocess.run(
+            command, cwd=tmp_path, env={**outside, "PATH": path, "CALLS": str(log), "FAILS": fails},
+            capture_output=True, text=True,
+        )  # fmt: skip
+        return done.returncode, log.read_text().splitlines(), done.stderr
+
+    arms, words = ("ARMS=ce dispersion", "SEEDS=0 1"), ("EVAL=--datasets mirror",)
+    code, made, said = calls("paper-gpt2", "run.name=gpt2_ce-s0", *arms, *words)
+    assert code and "failed: gpt2_ce-s0:training; the same command tries again" in said, said
+    assert [line.split("run.name=")[1].split()[0] for line in made if line.startswith("deepspeed")] == [
+        "gpt2_ce-s0", "gpt2_ce-s1", "gpt2_dispersion-s0", "gpt2_dispersion-s1"
+    ]  # fmt: skip
+    evaluated = [line for line in made if "evaluate_checkpoint" in line]
+    assert len(evaluated) == 3 and all(line.endswith("--datasets mirror") for line in evaluated)
+    assert "report.py" in made[-1]
+    code, made, said = calls("paper-gpt2", "--model runs/paper/gpt2_ce-s0", *arms)
+    assert code and "failed: gpt2_ce-s0:evaluation;" in said and "report.py" in made[-1]
+    code, made, _ = calls("paper-gpt2", "nothing fails", *arms)
+    assert code == 0 and "--model openai-community/gpt2" in made[-1]
+    code, made, said = calls("paper-families", "families_gpt2")
+    assert code and "families_gpt2" in said
+    assert len(made) == len(list(PAPER.glob("families_*.txt")))

@@ -19,6 +19,7 @@ from dispersion_pretrain import figures, report, run_folder
 from dispersion_pretrain.arms import group
 from dispersion_pretrain.tables import Row
 from report_runs import NASTY, make_run, position, seeded, write_scores
+from small_run import launch_script
 
 ROOT = Path(__file__).resolve().parents[2]
 VOID = {"meta", "link", "br", "img", "input", "hr"}
@@ -325,3 +326,16 @@ def test_the_command_writes_page_figures_and_tables(pair: tuple[Path, Path], tmp
         assert (done.returncode, done.stdout) == (1, "")
         assert done.stderr.startswith(start) and done.stderr.count("\n") == 1
         assert not (tmp_path / "none.html").exists()
+
+
+def test_a_folder_in_place_of_a_file_is_named_and_the_reverse(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, file, script = make_run(tmp_path / "run"), tmp_path / "file", launch_script("report")
+    file.write_text("")
+    assert script.main([str(run), "--out", str(tmp_path)]) == 1
+    assert capsys.readouterr().err.startswith(f"--out: {tmp_path} is a folder. The name of a file is needed.")
+    for option in ("--figures", "--tables"):
+        assert script.main([str(run), "--out", str(tmp_path / "page.html"), option, str(file)]) == 1
+        assert capsys.readouterr().err.startswith(f"{option}: {file} is a file. The name of a folder is needed.")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "run"]

@@ -79,7 +79,7 @@ ALLOWED: dict[str, set[str]] = {
     "lm_tasks": {"dataset_mirror", "evaluation_ranks", "held_out", "suites"},
     "evaluate": {
         "checkpoint", "config", "corpus", "evaluation_ranks", "export", "heartbeat", "held_out", "lm_tasks",
-        "provenance", "settings_file", "suites",
+        "model", "provenance", "settings_file", "suites",
     },
     "evaluation_jobs": {
         "checkpoint", "evaluate", "export", "heartbeat", "settings_file", "slurm", "slurm_script", "suites",

@@ -92,8 +92,10 @@ test-browser: setup ## open pages in a headless Chromium (root; installs Debian'
 test-container: setup ## build the CPU image and train in it (root, minutes; installs buildah and podman from Debian)
 	python -m pytest -m container tests/cluster
 
-test-gpu: setup ## the tests that need a GPU
+test-gpu: setup ## the tests that need a GPU, and the figures of training on it (installs the extra gpu)
+	python -m pip install --quiet --no-deps -c constraints.txt liger-kernel
 	python -m pytest -m gpu tests/gpu
+	PYTHONPATH=.:tests python tests/benchmarks/bench_gpu.py
 
 lint: setup ## ruff, mypy, and the linters of shell scripts and of the Dockerfile
 	ruff check .

@@ -41,6 +41,7 @@ from dispersion_pretrain.reshard import load_resharded, unpartitioned_master
 
 VERSION = deepspeed.__version__
 _OLDEST_VERSION = (0, 19, 6)
+_LARGEST_BUCKET = 500_000_000  # numbers; DeepSpeed's own
 # DeepSpeed's meter of samples a second waits for the device at both ends of every micro-step.
 _NO_TIMERS = {"throughput": {"enabled": False}}
 _SAVED_CLASSES = [ZeroStageEnum, fragment_address, LossScaler]  # all that DeepSpeed's files hold besides plain values
@@ -89,9 +90,11 @@ def start_distributed(hang_s: float | None = None) -> torch.device:
     return device
 
 
-def deepspeed_settings(settings: Settings, layout: BatchLayout) -> dict[str, Any]:
-    """The DeepSpeed configuration that follows from ours."""
+def deepspeed_settings(settings: Settings, layout: BatchLayout, parameters: int) -> dict[str, Any]:
+    """The DeepSpeed configuration that follows from ours, for a model of so many parameters."""
     zero: dict[str, Any] = {"stage": settings.zero.stage}
+    # DeepSpeed allocates a bucket in full, 1 GB in bf16 whatever the model's size.
+    zero["reduce_bucket_size"] = min(_LARGEST_BUCKET, parameters)
     if settings.zero.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     if settings.zero.offload_parameters:
@@ -111,9 +114,9 @@ def deepspeed_settings(settings: Settings, layout: BatchLayout) -> dict[str, Any
     return _overridden(derived, settings.zero.overrides)
 
 
-def zero_options(settings: Settings, layout: BatchLayout) -> DeepSpeedZeroConfig:
+def zero_options(settings: Settings, layout: BatchLayout, parameters: int) -> DeepSpeedZeroConfig:
     """The options of ZeRO as DeepSpeed completes them: sizes of buckets, overlapping, thresholds of stage 3."""
-    return get_zero_config(deepspeed_settings(settings, layout))
+    return get_zero_config(deepspeed_settings(settings, layout, parameters))
 
 
 def _overridden(derived: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
@@ -122,6 +125,14 @@ def _overridden(derived: dict[str, Any], overrides: dict[str, Any]) -> dict[str,
         below = merged.get(key)
         merged[key] = _overridden(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
     return merged
+
+
+def compile_blocks(model: Any, backend: str = "inductor") -> None:
+    """Compile all of a model but its head in place, at its first call; blocks may be recomputed as well."""
+    # Dynamo would have to repeat what a recomputed block does outside of itself, and breaks the graph instead: in some
+    # families transformers fills its list of hidden states within a block. It is full after the forward pass.
+    torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
+    model.base_model.compile(backend=backend)
 
 
 def _optimizer(module: nn.Module, settings: Settings) -> torch.optim.Optimizer:
@@ -161,8 +172,7 @@ class DeepSpeedEngine:
 
     def __init__(self, module: nn.Module, settings: Settings, layout: BatchLayout) -> None:
         if settings.model.compile:
-            model: Any = module.get_submodule("model")
-            model.base_model.compile()
+            compile_blocks(module.get_submodule("model"))
         optimizer = _optimizer(module, settings)
         names = {parameter: name for name, parameter in module.named_parameters()}
         self._names = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
@@ -170,9 +180,8 @@ class DeepSpeedEngine:
             {key: group[key] for key in ("betas", "eps", "weight_decay")} for group in optimizer.param_groups
         ]
         self._gradient_clipping = settings.optimizer.gradient_clipping
-        self._engine, _, _, _ = deepspeed.initialize(
-            model=module, optimizer=optimizer, config=deepspeed_settings(settings, layout)
-        )
+        config = deepspeed_settings(settings, layout, sum(parameter.numel() for parameter in names))
+        self._engine, _, _, _ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
         if layout.world_size == 1 and settings.zero.stage == 0:
             self._engine.enable_backward_allreduce = False  # DeepSpeed would copy all gradients to and fro for nobody
         self.module: nn.Module = self._engine.module

@@ -92,7 +92,8 @@ def shards(parameters: tuple[Parameter, ...], stage: int, world_size: int, persi
 
 def rank_shards(settings: Settings, layout: BatchLayout, trace: MicroStep) -> Shards:
     """`shards` of a run."""
-    threshold = zero_options(settings, layout).param_persistence_threshold
+    parameters = sum(math.prod(parameter.shape) for parameter in trace.parameters)
+    threshold = zero_options(settings, layout, parameters).param_persistence_threshold
     return shards(trace.parameters, settings.zero.stage, layout.world_size, threshold)
 
 
@@ -115,7 +116,8 @@ def memory(
         fused_update: Adam makes no copies, as on GPUs.
     """
     stage, size, offload = settings.zero.stage, working_bytes(settings), settings.zero
-    part, options = rank_shards(settings, layout, trace), zero_options(settings, layout)
+    part = rank_shards(settings, layout, trace)
+    options = zero_options(settings, layout, part.whole)
     masters = float(_MASTER * part.own) if stage > 0 or size == 2 else 0.0
     moments = float(_MOMENTS * part.own)
     parameters, gathered = float(size * part.working), 0.0
@@ -140,7 +142,7 @@ def _micro_step(settings: Settings, layout: BatchLayout, trace: MicroStep, part:
     """The moments of the last micro-step of an accumulation, which finds the gradients of those before."""
     names = {"forward": "forward pass", "term": "dispersion term", "backward": "backward pass"}
     stage, size = settings.zero.stage, working_bytes(settings)
-    options, offloads = zero_options(settings, layout), settings.zero.offload_optimizer
+    options, offloads = zero_options(settings, layout, part.whole), settings.zero.offload_optimizer
     accumulates = layout.accumulation > 1
     bucket = options.reduce_bucket_size * size * (2 if options.overlap_comm and stage < 3 else 1)
     if stage == 0:

@@ -80,7 +80,7 @@ def traffic(settings: Settings, layout: BatchLayout, part: Shards, *, layers: in
         width: of the hidden states.
     """
     stage, size, ranks = settings.zero.stage, working_bytes(settings), layout.world_size
-    options = zero_options(settings, layout)
+    options = zero_options(settings, layout, part.whole)
     once = size * part.whole * (ranks - 1) / ranks
     if stage == 3:
         # What stays whole until the backward pass needs it again is not fetched twice.
@@ -121,7 +121,7 @@ def step_time(
     term = _term_s(settings, layout, machine, layers=layers, width=size.width) * micro_steps
     sent = traffic(settings, layout, part, layers=layers, width=size.width)
     links = _Links(machine, layout.world_size, gpus_per_node)
-    options = zero_options(settings, layout)
+    options = zero_options(settings, layout, part.whole)
     rounds = micro_steps if settings.zero.stage >= 2 else 1
     reduction = links.seconds(sent.reduction, rounds * math.ceil(part.whole / options.reduce_bucket_size))
     fetches = 2  # one for each group of parameters

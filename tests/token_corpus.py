@@ -18,7 +18,7 @@ from streaming import MDSWriter
 
 def write_token_corpus(
     folder: Path,
-    splits: Mapping[str, NDArray[np.uint16]],
+    splits: Mapping[str, NDArray[np.uint16 | np.uint32]],
     *,
     vocabulary: int,
     shard_bytes: int = 2**26,
@@ -33,7 +33,7 @@ def write_token_corpus(
     """
     entries: dict[str, dict[str, Any]] = {}
     for split, sequences in splits.items():
-        columns = {"tokens": f"ndarray:uint16:{sequences.shape[1]}"}
+        columns = {"tokens": f"ndarray:{sequences.dtype}:{sequences.shape[1]}"}
         with MDSWriter(out=str(folder / split), columns=columns, hashes=["sha256"], size_limit=shard_bytes) as shards:
             for sequence in sequences:
                 shards.write({"tokens": sequence})
@@ -55,7 +55,7 @@ def write_token_corpus(
         "format_version": 1,
         "source": {"name": "test"},
         "sequence_length": next(iter(splits.values())).shape[1],
-        "token_dtype": "uint16",
+        "token_dtype": str(next(iter(splits.values())).dtype),
         "vocab_size": vocabulary,
         "eos_token_id": 0,
         "tokenizer": {

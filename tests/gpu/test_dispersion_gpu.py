@@ -24,6 +24,12 @@ KINDS: list[dict[str, Any]] = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> None:
+    """From its ninth shape on a compiled function would run eagerly, in silence."""
+    torch.compiler.reset()
+
+
 def embeddings(shape: tuple[int, int, int]) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     return torch.randn(shape, generator=generator, dtype=torch.float64) + torch.randn(

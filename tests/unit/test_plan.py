@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dispersion_pretrain import angular_kernel, metrics
 from dispersion_pretrain.config import ModelSettings, Settings
+from dispersion_pretrain.engine import zero_options
 from dispersion_pretrain.layout import BatchLayout
 from dispersion_pretrain.model import build_model, model_config
 from dispersion_pretrain.objective import DispersionTerm, StepContext, TrainingModule
@@ -246,6 +247,17 @@ class TestTraffic:
         )
         numbers = slow.memory.parameters / 2  # in bf16, of which each is read and written thrice
         assert slow.time.update - fast.time.update == pytest.approx(times * 6 * 2 * numbers * 1e-9)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "expected"), [(1_000, 1_000), (124_000_000, 124_000_000), (8 * 10**9, 5 * 10**8)]
+)
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_bucket_is_no_larger_than_the_model(stage: int, parameters: int, expected: int) -> None:
+    settings = small(zero__stage=stage)
+    assert zero_options(settings, BatchLayout.derive(settings, 1), parameters).reduce_bucket_size == expected
+    chosen = small(zero__stage=stage, zero__overrides={"zero_optimization": {"reduce_bucket_size": 777}})
+    assert zero_options(chosen, BatchLayout.derive(chosen, 1), parameters).reduce_bucket_size == 777
 
 
 class TestPlanner:

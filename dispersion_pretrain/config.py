@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StrictInt, model_validator
 
 _DERIVED_BY_ENGINE = {
     "train_batch_size",
@@ -202,7 +202,7 @@ class DispersionSettings(_Section):
     tokens_per_sequence: int = Field(
         256, ge=1, description="m: positions drawn from each sequence, without replacement"
     )
-    layers: Literal["all", "last", "early_half", "late_half"] | list[int] = Field(
+    layers: Literal["all", "last", "early_half", "late_half"] | list[StrictInt] = Field(
         "all", description="block outputs, 1 ... num_layers; the last is after the final norm"
     )
     variant: str = Field("angular", description="an entry of dispersion.VARIANTS")

@@ -4,11 +4,14 @@ The logits of one micro-batch are often the largest tensors of a step: with 151,
 takes 5 GB, and autograd keeps three. Here a few rows at a time become logits, loss and, at once, gradient; what is kept
 for the backward pass has the sizes of the hidden states and of the head's matrix. The three matrix products are
 autograd's own, so this costs no time; nothing is computed twice. What lies between them runs on a processor in parts
-that fit its cache: passes over memory would else take as long as the products in bf16.
+that fit its cache, and on a GPU in one compiled function: passes over memory would else take as long as the products in
+bf16.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -119,6 +122,8 @@ class _SummedCrossEntropy(torch.autograd.Function):
 
 def _turned_into_gradient(logits: Tensor, targets: Tensor) -> Tensor:
     """Cross-entropy (rows,) of logits (rows, vocabulary), which become its gradient in place."""
+    if logits.is_cuda:
+        return _compiled()(logits, targets)
     rows_at_a_time = _fitting_cache(logits, logits.shape[1])
     losses = []
     for part, wanted in zip(logits.split(rows_at_a_time), targets.split(rows_at_a_time), strict=True):
@@ -131,6 +136,23 @@ def _turned_into_gradient(logits: Tensor, targets: Tensor) -> Tensor:
         if full is not part:
             part.copy_(full)
     return torch.cat(losses)
+
+
+@functools.cache
+def _compiled() -> Callable[[Tensor, Tensor], Tensor]:
+    return torch.compile(_turned_at_once, dynamic=False)
+
+
+def _turned_at_once(logits: Tensor, targets: Tensor) -> Tensor:
+    """`_turned_into_gradient` for a compiler, which makes reductions and one more pass of it."""
+    full = _in_full(logits)
+    largest = full.amax(1, keepdim=True)
+    powers = (full - largest).exp()
+    sums = powers.sum(1, keepdim=True)
+    losses = (sums.log() + largest - full.gather(1, targets[:, None])).squeeze(1)
+    is_target = torch.arange(logits.shape[1], device=logits.device) == targets[:, None]
+    logits.copy_(powers / sums - is_target.to(full.dtype))
+    return losses
 
 
 def _add_product(total: Tensor, gradient: Tensor, rows: Tensor, *, is_first: bool) -> None:

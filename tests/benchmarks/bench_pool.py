@@ -1,9 +1,9 @@
 """Cost of the gathered loss for one rank while the pool stays the same and ranks are added.
 
 N = 2,048 embeddings of width 768 in 12 layers lie on 1, 2, 4 gloo ranks of this machine. Processor time is a rank's
-own, so that more ranks than cores do not blur it; communication is counted, not guessed. One rank alone saves a quarter
-of the products by symmetry, and passes over the whole pool (its norms, its mean) stay on every rank: so two ranks need
-more than half of one's time. The last lines extrapolate.
+own, so that more ranks than cores do not blur it; collectives are counted, their bytes follow from the shapes. One rank
+alone saves a quarter of the products by symmetry, and passes over the whole pool (its norms, its mean) stay on every
+rank: so two ranks need more than half of one's time. The last lines extrapolate.
 
 Run: python tests/benchmarks/bench_pool.py [--rounds N] [--bandwidth GB/s] [--latency us]
 """
@@ -96,7 +96,7 @@ def main() -> None:
             flush=True,
         )
     print(f"\nextrapolated to bf16 over {arguments.bandwidth:g} GB/s and {arguments.latency:g} us a hop "
-          "(log2 of the ranks hops for the sums), products at a GPU's 50 TFLOP/s float32:")  # fmt: skip
+          "(log2 of the ranks hops for each, as trees have), products at a GPU's 50 TFLOP/s float32:")  # fmt: skip
     print(
         f"{'ranks':>6}{'own rows':>10}{'GFLOP':>9}{'products ms':>13}{'MB gathered':>13}{'gather ms':>11}{'sums ms':>9}"
     )

@@ -78,6 +78,18 @@ class TestValueAndGradient:
             assert found.dtype == wanted.dtype
             assert (found - wanted).norm() < bound * wanted.norm()
 
+    @pytest.mark.parametrize("compiled", [False, True])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+    def test_what_a_gpu_computes_at_once_is_the_same(self, dtype: torch.dtype, compiled: bool) -> None:
+        torch.manual_seed(0)
+        logits, targets = (3.0 * torch.randn(20, VOCABULARY)).to(dtype), torch.randint(0, VOCABULARY, (20,))
+        one, other = logits.clone(), logits.clone()
+        losses = loss_head._turned_into_gradient(one, targets)
+        at_once = loss_head._compiled() if compiled else loss_head._turned_at_once
+        assert torch.allclose(at_once(other, targets), losses, rtol=1e-6)
+        assert torch.allclose(other, one, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-9)
+        assert not torch.equal(other, logits)
+
     def test_without_gradients_each_token_has_its_loss(self) -> None:
         head, hidden, targets = example(torch.float32, bias=False)
         expected = functional.cross_entropy(head(hidden), targets, reduction="none")

@@ -152,3 +152,19 @@ def test_an_arm_that_fails_keeps_no_other_from_running(tmp_path: Path) -> None:
     code, made, said = calls("paper-families", "families_gpt2")
     assert code and "families_gpt2" in said
     assert len(made) == len(list(PAPER.glob("families_*.txt")))
+
+
+@pytest.mark.parametrize(
+    ("name", "figures"),
+    [
+        ("gpt2_ce", {"34.95", "34.35"}),
+        ("gpt2_noisy_embeddings", {"35.15", "34.35"}),
+        ("gpt2_active_forgetting", {"35.36", "34.35"}),
+        ("gpt2_dispersion", {"35.5", "34.35", "1.01"}),
+        ("c4_dispersion", {"1.17"}),
+    ],
+)
+def test_a_header_has_the_papers_figures(name: str, figures: set[str]) -> None:
+    """arXiv 2602.00217, averages of ten benchmarks and the ratio of times."""
+    header = (PAPER / f"{name}.yaml").read_text().partition("\nrun:")[0]
+    assert figures <= set(re.findall(r"\d+\.\d+", header))

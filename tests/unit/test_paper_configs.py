@@ -165,6 +165,6 @@ def test_an_arm_that_fails_keeps_no_other_from_running(tmp_path: Path) -> None:
     ],
 )
 def test_a_header_has_the_papers_figures(name: str, figures: set[str]) -> None:
-    """arXiv 2602.00217, averages of ten benchmarks and the ratio of times."""
+    """Averages of ten benchmarks and the ratio of times in arXiv 2602.00217."""
     header = (PAPER / f"{name}.yaml").read_text().partition("\nrun:")[0]
     assert figures <= set(re.findall(r"\d+\.\d+", header))

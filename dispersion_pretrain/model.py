@@ -158,8 +158,8 @@ def build_model(settings: ModelSettings, config: PretrainedConfig) -> PreTrained
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **options)
         except (ValueError, ImportError) as error:
             raise ValueError(
-                f"model: transformers cannot build it ({str(error)[:300]}). sdpa and eager run everywhere. Change "
-                "model.attention or model.config."
+                f"model: transformers cannot build it ({str(error)[:300]}). eager runs everywhere, sdpa in most "
+                "families. Change model.attention or model.config."
             ) from None
     if settings.activation_checkpointing:
         _recompute_every(int(settings.activation_checkpointing), model)

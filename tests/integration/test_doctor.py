@@ -30,6 +30,7 @@ from integration.jobs import command, finish, trajectory, write_config
 from small_run import launch_script
 from spawn import run_ranks
 
+WITHOUT_SDPA = ("bloom", "gptj", "gpt_neo")
 FAMILIES = ["gpt2", "qwen3", "llama", "bloom", "olmo2", "gptj", "gpt_neo", "qwen3_moe"]
 
 
@@ -46,7 +47,7 @@ def settings_for(ranks: int, **changes: Any) -> Settings:
     }
     micro_batch = 4 // ranks
     tokens = 64 * ranks * micro_batch * options["accumulation"]
-    attention = "eager" if options["family"] == "bloom" else "sdpa"
+    attention = "eager" if options["family"] in WITHOUT_SDPA else "sdpa"
     tree = {
         "model": {
             "config": {"model_type": options["family"]}, "precision": options["precision"], "attention": attention,

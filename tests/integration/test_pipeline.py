@@ -118,9 +118,9 @@ def test_bad_settings_are_found_before_anything_starts(
     corpus: Path, tmp_path: Path, overrides: list[str], message: str
 ) -> None:
     config = write_config(tmp_path, corpus)
-    done = run_script("launch/pretrain.py", "--config", str(config), "--dry-run", "--ranks", "2", *overrides)
-    assert done.returncode == 1
-    assert message in done.stderr and "Traceback" not in done.stderr
+    command = pretrain_command(config, "--dry-run", "--ranks", "2", *overrides, ranks=1, launcher="warm")
+    output = finish(command, tmp_path / "log", expected=1)
+    assert message in output and "Traceback" not in output
     assert not (tmp_path / "run").exists()
 
 

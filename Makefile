@@ -125,7 +125,8 @@ chaos: setup ## kill a run at 50 random moments and at every write of a save, an
 
 # The paper's experiments, on the GPUs of this node. ARMS and SEEDS choose some: make paper-gpt2 ARMS='ce dispersion'
 # SEEDS=0. EVAL is given to each evaluation: EVAL='--datasets mirror'. What is finished is left alone, what was cut short
-# goes on; what fails is told in the end, by name and exit code, and the others are not kept from running.
+# goes on. What fails is named in the end, and keeps no other from running. The second argument of paper_runs is a
+# published model, which is evaluated as it is beside those that were trained on from it.
 SEEDS ?= 0 1 2
 EVAL ?=
 PAPER_SUITE := configs/eval/paper.yaml
@@ -139,19 +140,17 @@ define paper_runs
 	python launch/evaluate_checkpoint.py --model runs/paper/$$run --suite $(PAPER_SUITE) $(EVAL) \
 		|| failed="$$failed $$run:evaluation"; \
 done; done; \
+$(if $(2),python launch/evaluate_checkpoint.py --model $(2) --suite $(PAPER_SUITE) --out runs/paper/$(1)-untouched \
+	$(EVAL) || failed="$$failed $(2):evaluation";) \
 python launch/report.py runs/paper/$(1)_*/ --out runs/paper/$(1).html || failed="$$failed report"; \
 if [ -n "$$failed" ]; then echo "failed:$$failed; the same command tries again" >&2; exit 1; fi
 endef
-# A published model as it is, beside those that were trained on from it.
-paper_untouched = python launch/evaluate_checkpoint.py --model $(1) --suite $(PAPER_SUITE) --out runs/paper/$(2) $(EVAL)
 
 paper-gpt2: data/wikitext103-gpt2/corpus.json ## mid-train GPT2 on wikitext-103: each baseline and each form of the loss
-	$(call paper_runs,gpt2)
-	$(call paper_untouched,openai-community/gpt2,gpt2-untouched)
+	$(call paper_runs,gpt2,openai-community/gpt2)
 
 paper-qwen3: data/wikitext103-qwen3/corpus.json ## the same for Qwen3-0.6B
-	$(call paper_runs,qwen3)
-	$(call paper_untouched,Qwen/Qwen3-0.6B,qwen3-untouched)
+	$(call paper_runs,qwen3,Qwen/Qwen3-0.6B)
 
 paper-width: data/fineweb-edu/corpus.json ## GPT2's shape from scratch with four widths of the MLP
 	$(call paper_runs,width)

@@ -176,7 +176,7 @@ def _plan(model: str, suite: Suite, out: Path | None, options: Options) -> _Job:
     if step is None:
         step = export.locate(model).info.step
     folder = out or evaluation_folder(run, suite.name, step)
-    if step not in checkpoint.committed_steps(run) and not (folder / RESULTS).exists():  # results outlive checkpoints
+    if step not in checkpoint.committed_steps(run) and not folder.exists():  # else results, or a job to say why not
         export.locate(model)  # says which steps there are
     settings = load_settings(run / "config.yaml")
     return _Job(model, suite, run, step, settings, folder, options)

@@ -113,7 +113,7 @@ def _check_fit(config: PretrainedConfig, *, vocabulary: int | None, sequence_len
     positions = getattr(config, "max_position_embeddings", None)
     for name, value in (
         ("max_position_embeddings", 1 if positions is None else positions),
-        ("vocab_size", config.vocab_size),
+        ("vocab_size", getattr(config, "vocab_size", None)),
     ):
         if not isinstance(value, int) or value < 1:
             raise ValueError(

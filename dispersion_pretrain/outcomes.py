@@ -204,14 +204,13 @@ def _unlike(runs: list[Run], suite: str, task: str, metric: str) -> list[str]:
 
 
 def _asked(run: Run, suite: str, task: str) -> dict[str, Any]:
-    """What decides the scores of a task besides the model."""
+    """What decides the scores of a task besides the model, but for how many examples it took: those in common count."""
     settings = run.evaluations[suite].get("settings") or {}
     identity = settings.get("identity") or {}
     entries = (identity.get("suite") or {}).get("tasks") or []
     entry: dict[str, Any] = next((one for one in entries if one.get("task") == task), {})
     return {
-        "definition of the task": entry,
-        "--limit": identity.get("limit"),
+        "definition of the task": {name: value for name, value in entry.items() if name not in ("limit", "metrics")},
         "--max-length": identity.get("max_length"),
         "corpus": identity.get("corpus_sha256") if entry.get("held_out") else None,
         "version of lm-eval": identity.get("lm_eval"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -192,6 +193,17 @@ def test_a_model_without_a_tokenizer_is_named(run: Path, corpus: Path, tmp_path:
         evaluate_model(
             str(tmp_path / "model"), write_suite(tmp_path, TEXT), tmp_path / "out", Options(corpus=str(corpus))
         )
+
+
+def test_a_job_whose_checkpoint_was_removed_before_it_began_says_so(run: Path, tmp_path: Path) -> None:
+    folder = run / "evaluations" / "faults" / "step-00000015"
+    folder.mkdir(parents=True)  # as who starts a job makes it
+    try:
+        with pytest.raises(RuntimeError, match=r"step-00000015: no manifest can be read"):
+            evaluate_model(f"{run}@15", write_suite(tmp_path, TEXT), None, Options())
+        assert "no manifest can be read" in json.loads((folder / "failed.json").read_text())["error"]
+    finally:
+        shutil.rmtree(run / "evaluations")
 
 
 @pytest.mark.parametrize(

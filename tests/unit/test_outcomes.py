@@ -214,7 +214,6 @@ def rewrite_identity(folder: Path, **changes: Any) -> None:
     ("mine", "theirs", "difference"),
     [
         ({}, {"entry": {"num_fewshot": 5}}, "definition of the task"),
-        ({}, {"limit": 100}, "--limit"),
         ({"max_length": 64}, {"max_length": 128}, "--max-length"),
         ({}, {"lm_eval": "0.5"}, "version of lm-eval"),
         (
@@ -238,6 +237,16 @@ def test_answers_to_unlike_questions_are_not_compared(
     assert suite.lines[-1].task == "average" and suite.lines[-1].cells[1].difference is None
     assert suite.num_ranked < 2
     assert not any("significant" in one for one in report.findings(compiled) if one.startswith("paper: average"))
+
+
+def test_of_unlike_limits_the_examples_in_common_are_compared(tmp_path: Path) -> None:
+    folders = two_arms(tmp_path, 0.0, seeds=(0,), tasks=TASKS[:1])
+    write_accuracies(folders[1], {"anli_r2": answers(300, 0.3, 0.0, 0, 1)[:200]})
+    rewrite_identity(folders[0], limit=300, entry={"limit": 500, "metrics": ["acc"]})
+    rewrite_identity(folders[1], limit=200, entry={"limit": 500, "metrics": ["acc", "acc_norm"]})
+    _, suite = outcome(folders)
+    assert suite.lines[0].cells[1].difference and suite.lines[0].cells[1].num_examples == 200
+    assert "anli_r2: 200 of 300 examples are in all evaluations; only these count." in suite.notes
 
 
 def test_a_corpus_is_no_difference_where_no_task_reads_it(tmp_path: Path) -> None:

@@ -143,12 +143,14 @@ def test_an_arm_that_fails_keeps_no_other_from_running(tmp_path: Path) -> None:
         "gpt2_ce-s0", "gpt2_ce-s1", "gpt2_dispersion-s0", "gpt2_dispersion-s1"
     ]  # fmt: skip
     evaluated = [line for line in made if "evaluate_checkpoint" in line]
-    assert len(evaluated) == 3 and all(line.endswith("--datasets mirror") for line in evaluated)
-    assert "report.py" in made[-1]
+    assert len(evaluated) == 4 and all(line.endswith("--datasets mirror") for line in evaluated)
+    assert "--model openai-community/gpt2" in evaluated[-1] and "report.py" in made[-1]
     code, made, said = calls("paper-gpt2", "--model runs/paper/gpt2_ce-s0", *arms)
     assert code and "failed: gpt2_ce-s0:evaluation;" in said and "report.py" in made[-1]
+    code, made, said = calls("paper-gpt2", "--model openai-community/gpt2", *arms)
+    assert code and "failed: openai-community/gpt2:evaluation;" in said and "report.py" in made[-1]
     code, made, _ = calls("paper-gpt2", "nothing fails", *arms)
-    assert code == 0 and "--model openai-community/gpt2" in made[-1]
+    assert code == 0 and "report.py" in made[-1]
     code, made, said = calls("paper-families", "families_gpt2")
     assert code and "families_gpt2" in said
     assert len(made) == len(list(PAPER.glob("families_*.txt")))

@@ -38,7 +38,11 @@ EXAMPLES, PARTIAL = "examples.json", "partial.json"
 
 @dataclass(frozen=True)
 class Options:
-    """How to evaluate."""
+    """How to evaluate.
+
+    Raises:
+        ValueError: `device` is none of this machine.
+    """
 
     corpus: str | None = None  # of held-out text; None: that of the run
     device: str | None = None  # None: CUDA where there is one, else the CPU
@@ -48,6 +52,11 @@ class Options:
     force: bool = False  # repeat what is there
     keep_export: bool = False
     datasets: Path | None = None  # a mirror of the data sets; None: the hub or its cache
+
+    def __post_init__(self) -> None:
+        """Check before anything is loaded."""
+        if self.device is not None:
+            evaluation_ranks.check_device(self.device)
 
 
 @dataclass(frozen=True)

@@ -112,6 +112,18 @@ def union(errors: dict[str, str]) -> dict[str, str]:
     return merged
 
 
+def check_device(name: str) -> None:
+    """Raise ValueError unless there is such a device here."""
+    gpus = torch.cuda.device_count()
+    if name == "cpu" or (gpus > 0 and name in ("cuda", *(f"cuda:{number}" for number in range(gpus)))):
+        return
+    allowed = "cpu is" if gpus == 0 else f"cpu, cuda and cuda:0 to cuda:{gpus - 1} are"
+    raise ValueError(
+        f"--device: {name!r} is no device of this machine, where torch sees {gpus} GPU(s). {allowed} allowed. "
+        "Correct it, or leave it out."
+    )
+
+
 def device(wanted: str | None) -> torch.device:
     """Where this process' model lies: as wanted, or of several processes a GPU each."""
     if count() > 1:

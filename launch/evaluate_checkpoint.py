@@ -45,24 +45,21 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--limit", type=_positive, help="examples a task, where the suite has more")
     parser.add_argument("--keep-export", action="store_true", help="keep the Hugging Face folder OUT/model of a run")
     parser.add_argument("--force", action="store_true", help="repeat what was evaluated before")
-    options = vars(parser.parse_args(arguments))
-    if options["watch"] is not None and max(options["processes"], evaluation_ranks.count()) > 1:
+    named = vars(parser.parse_args(arguments))
+    model, suite, out = named.pop("model"), named.pop("suite"), named.pop("out")
+    watched, poll_s, processes = named.pop("watch"), named.pop("poll"), named.pop("processes")
+    if watched is not None and max(processes, evaluation_ranks.count()) > 1:
         parser.error("--processes: a run is watched by one process. Leave it out, or evaluate with --model.")
-    if (processes := options.pop("processes")) > 1 and evaluation_ranks.count() == 1:
-        try:
-            return evaluation_ranks.start(processes, main, sys.argv[1:] if arguments is None else arguments)
-        except RuntimeError as error:
-            print(error, file=sys.stderr)
-            return 1
-    model, suite, out = options.pop("model"), options.pop("suite"), options.pop("out")
-    watched, poll_s = options.pop("watch"), options.pop("poll")
     if watched is not None and out is not None:
         parser.error("--out: each checkpoint of a watched run has a folder of its own. Leave it out.")
     logging.basicConfig(format="%(levelname)s %(message)s")
     try:
+        options = Options(**named)
+        if processes > 1 and evaluation_ranks.count() == 1:
+            return evaluation_ranks.start(processes, main, sys.argv[1:] if arguments is None else arguments)
         if watched is not None:
-            return 1 if watch(watched, suite, Options(**options), poll_s) else 0
-        results = evaluate_model(model, suite, out, Options(**options))
+            return 1 if watch(watched, suite, options, poll_s) else 0
+        results = evaluate_model(model, suite, out, options)
     except (ValueError, RuntimeError, OSError) as error:
         print(error, file=sys.stderr)
         return 1

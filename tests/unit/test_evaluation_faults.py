@@ -195,6 +195,18 @@ def test_a_model_without_a_tokenizer_is_named(run: Path, corpus: Path, tmp_path:
         )
 
 
+@pytest.mark.parametrize("device", ["npu", "cuda:99", "cpu:0", ""])
+@pytest.mark.parametrize("more", [["--model", "RUN"], ["--model", "RUN", "--processes", "2"], ["--watch", "RUN"]])
+def test_a_device_that_is_not_there_is_refused_before_anything_is_loaded(
+    device: str, more: list[str], run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = [str(run) if word == "RUN" else word for word in more]
+    assert launch_script("evaluate_checkpoint").main([*more, "--suite", "none.yaml", "--device", device]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"--device: {device!r} is no device of this machine, where torch sees ")
+    assert not (run / "evaluations").exists()
+
+
 def test_a_job_whose_checkpoint_was_removed_before_it_began_says_so(run: Path, tmp_path: Path) -> None:
     folder = run / "evaluations" / "faults" / "step-00000015"
     folder.mkdir(parents=True)  # as who starts a job makes it

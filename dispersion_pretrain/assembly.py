@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
-from dispersion_pretrain import distributed, metrics, optim
+from dispersion_pretrain import distributed, metrics, optim, provenance
 from dispersion_pretrain.baselines import (
     Distillation,
     NoisyEmbeddings,
@@ -118,6 +118,11 @@ class RunParts:
     def validation_batches(self, num_sequences: int) -> Iterator[Batch]:
         """This rank's share of the first validation sequences; the same number of batches on every rank."""
         return self.corpora.validation_batches(self.layout, distributed.rank(), num_sequences)
+
+    @property
+    def device_name(self) -> str:
+        """What this rank computes on: its GPU, and the CPU where that does the update."""
+        return provenance.device_name(self.device, with_processor=self.settings.zero.offload_optimizer)
 
     @property
     def flops_per_token(self) -> int:

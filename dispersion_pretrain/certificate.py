@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from dispersion_pretrain import checkpoint, distributed, provenance
@@ -92,8 +91,7 @@ def _flat(tree: dict[str, Any], above: str = "") -> dict[str, Any]:
 
 
 def _layout(parts: RunParts) -> dict[str, Any]:
-    device = torch.cuda.get_device_name(parts.device) if parts.device.type == "cuda" else "cpu"
-    return {"micro-batch": parts.layout.micro_batch, "device": device}
+    return {"micro-batch": parts.layout.micro_batch, "device": parts.device_name}
 
 
 def _among(changes: Iterable[Change], prefixes: tuple[str, ...]) -> list[Change]:

@@ -37,8 +37,7 @@ def describe_machine(settings: Settings, plan: Plan, device: torch.device) -> st
 
     Bandwidth is the bytes that each rank of a pool receives over the time (nccl-tests call it bus bandwidth).
     """
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    places = Counter(distributed.gather_objects((socket.gethostname(), name)))
+    places = Counter(distributed.gather_objects((socket.gethostname(), provenance.device_name(device))))
     ranks = ", ".join(f"{count} x {kind} on {host}" for (host, kind), count in places.items())
     lines = [
         "versions     " + ", ".join(f"{package} {version}" for package, version in provenance.versions().items()),

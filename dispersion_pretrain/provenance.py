@@ -1,4 +1,4 @@
-"""What produced a run: versions and source code."""
+"""What produced a run: versions, source code, devices."""
 
 from __future__ import annotations
 
@@ -9,6 +9,10 @@ import subprocess
 import tempfile
 from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 _PACKAGES = ("torch", "deepspeed", "transformers", "mosaicml-streaming", "tokenizers", "numpy")
 
@@ -24,6 +28,38 @@ def versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return found
+
+
+def device_name(device: torch.device, *, with_processor: bool = False) -> str:
+    """What computes, as far as it decides the order of sums: a GPU's name, or the kind of this machine's CPU.
+
+    PyTorch and its libraries choose kernels by the CPU's kind, as they do by the GPU's, so that the same run has other
+    last digits on another one.
+
+    Args:
+        with_processor: add the CPU's kind to a GPU's name (the optimizer works on the CPU).
+    """
+    import torch  # here: who submits a job needs the versions alone, at once
+
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        return f"{name}, {_processor()}" if with_processor else name
+    return _processor()
+
+
+def _processor() -> str:
+    """`Intel(R) Xeon(R) Platinum 8480+ (family 6, model 143, AVX512)`; clouds give several models one name."""
+    import torch
+
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").split("\n\n")[0].splitlines()
+    except OSError:  # not Linux
+        lines = []
+    known = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    fields = {"cpu family": "family", "model": "model", "CPU implementer": "implementer", "CPU part": "part"}
+    kind = [f"{word} {known[key]}" for key, word in fields.items() if key in known]
+    name = known.get("model name") or platform.processor() or platform.machine()
+    return f"{name} ({', '.join([*kind, torch.backends.cpu.get_cpu_capability()])})"
 
 
 def git_commit() -> str | None:

@@ -274,7 +274,7 @@ def prepare_run_folder(parts: RunParts, first_step: int) -> None:
                 "world_size": parts.layout.world_size,
                 "micro_batch": parts.layout.micro_batch,
                 "accumulation": parts.layout.accumulation,
-                "device": torch.cuda.get_device_name(parts.device) if parts.device.type == "cuda" else "cpu",
+                "device": parts.device_name,
                 "hostname": socket.gethostname(),
                 "resumed_from_step": first_step,
                 "metrics_bytes": metrics.size_of_records(folder),

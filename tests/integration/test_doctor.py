@@ -25,6 +25,7 @@ from dispersion_pretrain.doctor import Proof, factor_name, prove_gradients
 from dispersion_pretrain.engine import DeepSpeedEngine, start_distributed
 from dispersion_pretrain.layout import BatchLayout
 from dispersion_pretrain.objective import LossTerms, StepContext, TrainingModule, sample_positions
+from dispersion_pretrain.provenance import device_name
 from dispersion_pretrain.settings_file import parse_settings
 from integration.jobs import command, finish, trajectory, write_config
 from small_run import launch_script
@@ -346,7 +347,8 @@ def test_everything_is_as_before(pair: list[Found]) -> None:
 def test_doctor_is_a_command(corpus: Path, tmp_path: Path) -> None:
     config = write_config(tmp_path, corpus)
     output = finish(command("doctor", config), tmp_path / "log")
-    for text in ("deepspeed 0.", "2 x cpu on", "gloo", " us for an all-reduce", " GB/s for the all-gather of a pool"):
+    ranks = f"2 x {device_name(torch.device('cpu'))} on"
+    for text in ("deepspeed 0.", ranks, "gloo", " us for an all-reduce", " GB/s for the all-gather of a pool"):
         assert text in output
     # 2 layers x 32 tokens x width 32 x 4 bytes, in 2 micro-steps
     assert "receives 8,192 bytes" in output and "16,384 bytes a step" in output

@@ -135,6 +135,10 @@ def resumes_on_rank(config: str, folder: str) -> dict[str, tuple[str, str]]:
     def replaced(text: str) -> Callable[[Path], object]:
         return lambda case: (case / "certificates" / "step-00000004.json").write_text(text)
 
+    def last_digits_of_another_cpu(case: Path) -> None:
+        promised("layout", {"micro-batch": 4, "device": "another CPU"})(case)
+        figure("grad_norm", 1e-6)(case)
+
     found: dict[str, tuple[str, str]] = {}
     with contextlib.redirect_stdout(io.StringIO()):
         run(load_settings(Path(config), [f"run.folder={folder}/whole"]), watchdog)
@@ -150,6 +154,7 @@ def resumes_on_rank(config: str, folder: str) -> dict[str, tuple[str, str]]:
     resume(
         "on_purpose", "dispersion.coefficient=0.2", "optimizer.weight_decay=10.0", "optimizer.gradient_clipping=0.01"
     )
+    resume("another_cpu", edit=last_digits_of_another_cpu)
     resume("layout", "training.micro_batch=8", "zero.stage=3")
     resume("layout_apart", "training.micro_batch=8", edit=figure("loss/total", 2e-4))
     return found
@@ -202,6 +207,13 @@ def test_what_cannot_be_compared_is_said(resumed: Resumed) -> None:
     assert (
         "resume: dispersion.coefficient 0.1 -> 0.2\n" in printed and "losses are not compared" in printed and not error
     )
+    printed, error = found["another_cpu"]
+    device = re.search(r"device another CPU -> [^\n]+\)", printed)
+    assert not error and device is not None, (error, printed)
+    if has_dropout:
+        assert f"dropout draws other numbers ({device.group()}" in printed
+    else:
+        assert f"resume: within 1e-6 ({device.group()}" in printed
     printed, error = found["layout"]
     assert "resume: micro-batch 4 -> 8\n" in printed and "resume: zero.stage 2 -> 3\n" in printed and not error
     if has_dropout:

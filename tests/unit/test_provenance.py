@@ -1,4 +1,4 @@
-"""The state of the code that is kept with a submission."""
+"""The state of the code that is kept with a submission, and the names of devices."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 
 from dispersion_pretrain import provenance
 
@@ -42,3 +43,18 @@ def test_code_state_brings_the_code_back(tmp_path: Path, monkeypatch: pytest.Mon
     git("apply", str(kept / "code.diff"), cwd=copy)
     assert (copy / "package" / "old.py").read_text() == "a = 2\n"
     assert (copy / "new é.bin").read_bytes() == bytes(range(256))
+
+
+def test_devices_are_named_by_what_decides_the_order_of_sums(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda:3")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"GPU {device.index}")
+    own = provenance.device_name(cpu)
+    assert own.endswith(f"{torch.backends.cpu.get_cpu_capability()})")
+    assert provenance.device_name(gpu) == "GPU 3"
+    assert provenance.device_name(gpu, with_processor=True) == f"GPU 3, {own}"
+    several = "processor\t: 0\ncpu family\t: 6\nmodel\t\t: 143\nmodel name\t: A CPU\n\nmodel name\t: B\n"
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    monkeypatch.setattr(Path, "read_text", lambda *_, **__: several)
+    assert provenance.device_name(cpu) == "A CPU (family 6, model 143, AVX2)"
+    monkeypatch.setattr(Path, "read_text", lambda *_, **__: (_ for _ in ()).throw(FileNotFoundError))
+    assert provenance.device_name(cpu).endswith(" (AVX2)")

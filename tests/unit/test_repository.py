@@ -86,7 +86,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "assembly": {
         "baselines", "config", "corpora", "data", "dispersion", "distributed", "engine", "faults", "layout", "metrics",
-        "model", "objective", "optim",
+        "model", "objective", "optim", "provenance",
     },
     "certificate": {"assembly", "checkpoint", "distributed", "metrics", "provenance"},
     "replicas": {"assembly", "distributed", "metrics"},

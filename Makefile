@@ -176,7 +176,7 @@ paper-families: setup ## measure condensation over GPT2, Qwen and Bloom on wikit
 	done; \
 	if [ -n "$$failed" ]; then echo "failed:$$failed; the same command tries again" >&2; exit 1; fi
 
-evidence: setup ## train, evaluate and compare what tests/evidence lists (2 CPU cores: 2 to 3 hours)
+evidence: setup ## train, evaluate and compare what tests/evidence lists (2 CPU cores: 1.5 to 3 hours)
 	$(CLEAR_LOCKS)
 	PYTHONPATH=.:tests python tests/evidence/train.py
 	PYTHONPATH=.:tests python tests/evidence/compare.py

@@ -200,11 +200,11 @@ def test_a_model_without_a_tokenizer_is_named(run: Path, corpus: Path, tmp_path:
 def test_a_device_that_is_not_there_is_refused_before_anything_is_loaded(
     device: str, more: list[str], run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    more = [str(run) if word == "RUN" else word for word in more]
+    more, before = [str(run) if word == "RUN" else word for word in more], set(run.rglob("*"))
     assert launch_script("evaluate_checkpoint").main([*more, "--suite", "none.yaml", "--device", device]) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"--device: {device!r} is no device of this machine, where torch sees ")
-    assert not (run / "evaluations").exists()
+    assert set(run.rglob("*")) == before
 
 
 def test_a_job_whose_checkpoint_was_removed_before_it_began_says_so(run: Path, tmp_path: Path) -> None:

@@ -198,7 +198,7 @@ def test_a_model_without_a_tokenizer_is_named(run: Path, corpus: Path, tmp_path:
 @pytest.mark.parametrize("device", ["npu", "cuda:99", "cpu:0", ""])
 @pytest.mark.parametrize("more", [["--model", "RUN"], ["--model", "RUN", "--processes", "2"], ["--watch", "RUN"]])
 def test_a_device_that_is_not_there_is_refused_before_anything_is_loaded(
-    device: str, more: list[str], run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    device: str, more: list[str], run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     more, before = [str(run) if word == "RUN" else word for word in more], set(run.rglob("*"))
     assert launch_script("evaluate_checkpoint").main([*more, "--suite", "none.yaml", "--device", device]) == 1
